@@ -1,0 +1,41 @@
+# The two commands: `make demo` runs the main job on real data with a real model, `make test` passes the tests.
+# Each makes .venv when it is missing. Other packages sources: make PIP_ARGS="--extra-index-url URL" demo
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_ARGS ?=
+RUN_DIR ?= runs/demo
+USER_ID ?= 13
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench clean
+
+help: ## List the commands.
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("pplr needs Python 3.11 or newer, found " + sys.version.split()[0] + ". Run make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed ## Train five clients on MovieLens-100K with SmolLM2-135M, cut in two; then recommend.
+	@rm -rf $(RUN_DIR)
+	$(BIN)/pplr train configs/quickstart.yaml --run-dir $(RUN_DIR)
+	$(BIN)/pplr recommend $(RUN_DIR) --user $(USER_ID)
+
+test: check ## Run everything that CI runs.
+
+check: $(VENV)/.installed ## Lint, types, layers, tests and doctests.
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest --quiet
+
+bench: $(VENV)/.installed ## Measure speed and memory side by side, and write benchmarks/results.
+	$(BIN)/python -m benchmarks
+
+clean: ## Remove the environment and the runs.
+	rm -rf $(VENV) runs

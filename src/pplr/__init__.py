@@ -1,0 +1,56 @@
+"""Privacy-preserving LLM-based recommendation.
+
+A federation of clients trains one recommender around a language model that is cut between client and server.
+
+Example:
+    >>> import pplr
+    >>> pplr.load_config(overrides=["federation.clients=3"]).federation.clients
+    3
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pplr.config import Config, config_template, load_config
+    from pplr.errors import PplrError
+    from pplr.runtimes.in_process import train
+    from pplr.runtimes.run import Recommendation, Run, open_run
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "Config",
+    "PplrError",
+    "Recommendation",
+    "Run",
+    "__version__",
+    "config_template",
+    "load_config",
+    "open_run",
+    "train",
+]
+
+_HOME = {
+    "Config": "pplr.config",
+    "PplrError": "pplr.errors",
+    "Recommendation": "pplr.runtimes.run",
+    "Run": "pplr.runtimes.run",
+    "config_template": "pplr.config",
+    "load_config": "pplr.config",
+    "open_run": "pplr.runtimes.run",
+    "train": "pplr.runtimes.in_process",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used, so that ``import pplr`` stays light."""
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'pplr' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

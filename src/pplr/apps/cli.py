@@ -1,0 +1,260 @@
+"""The command line. Every command loads what it needs when it runs, so that help answers at once."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from pplr import __version__
+from pplr.apps import data
+from pplr.apps.options import ConfigPath, RunDir, Settings
+from pplr.errors import PplrError
+
+__all__ = ["app", "main"]
+
+_INTERRUPTED = 130
+_BROKEN_PIPE = 141
+
+
+class _Commands(TyperGroup):
+    """Ends every command the same way: an expected error in one line, Ctrl-C in one line, a closed pipe in none."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except PplrError as error:
+            _complain(f"error: {error}")
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            _complain("stopped")
+            raise typer.Exit(_INTERRUPTED) from error
+        except BrokenPipeError as error:
+            _silence()
+            raise typer.Exit(_BROKEN_PIPE) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            _complain("error: no space left on the disk. Free some space and run the command again.")
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Privacy-preserving LLM-based recommendation: a federation of clients trains one recommender around a "
+    "language model that is cut between client and server.",
+)
+app.add_typer(data.app, name="data")
+
+
+def main() -> None:
+    """Run the command line on the arguments of this process, and end it."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        app(prog_name="pplr")
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _silence()
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"pplr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see `pplr config --template`.")],
+    settings: Settings = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="The run's folder; runs/NAME for a configuration NAME.yaml when absent.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+) -> None:
+    """Train a federation, test it, and keep both in a run folder."""
+    from pplr.apps.results import result_table
+    from pplr.apps.terminal import Screen, TerminalProgress
+    from pplr.config import load_config
+
+    chosen = load_config(config, settings or ())
+    folder = run_dir if run_dir is not None else Path("runs") / config.stem
+    screen = Screen()
+    progress = TerminalProgress(screen, rounds=chosen.federation.rounds)
+    overrides = [part for setting in settings or () for part in ("--set", setting)]
+    again = shlex.join(["pplr", "train", str(config), *overrides, "--run-dir", str(folder), "--resume"])
+    try:
+        with screen.busy("loading libraries"):
+            from pplr.runtimes.in_process import train as train_run
+        run = train_run(chosen, folder, resume=resume, progress=progress)
+    except KeyboardInterrupt as error:
+        _complain(f"stopped. Go on with: {again}")
+        raise typer.Exit(_INTERRUPTED) from error
+    if (metrics := run.metrics) is not None:
+        screen.line()
+        screen.lines(result_table(metrics, screen.width))
+        screen.line()
+    screen.line(f"run folder: {run.folder}")
+
+
+@app.command()
+def evaluate(run_dir: RunDir) -> None:
+    """Test a run again and print its figures."""
+    from pplr.apps.results import result_table
+    from pplr.apps.terminal import Screen, TerminalProgress
+
+    screen = Screen()
+    with screen.busy("loading libraries"):
+        from pplr.runtimes.run import open_run
+    metrics = open_run(run_dir).evaluate(progress=TerminalProgress(screen))
+    screen.lines(result_table(metrics, screen.width))
+
+
+@app.command()
+def recommend(
+    run_dir: RunDir,
+    client: Annotated[
+        str | None, typer.Option(help="Whose model recommends; the user's own client when absent.")
+    ] = None,
+    user: Annotated[str | None, typer.Option(help="A user of that client, by the data's id.")] = None,
+    history: Annotated[
+        str | None, typer.Option(metavar='"A; B; C"', help="Titles instead of a user, oldest first.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many items.")] = 10,
+) -> None:
+    """Recommend items to a user, or to whoever has taken the titles given."""
+    from pplr.apps.tables import Table, figure
+    from pplr.apps.terminal import Screen, TerminalProgress
+
+    if (user is None) == (history is None):
+        raise typer.BadParameter("give one of --user and --history")
+    titles = [title.strip() for title in (history or "").split(";") if title.strip()]
+    if user is None and not titles:
+        raise typer.BadParameter("it holds no title", param_hint="--history")
+    screen = Screen()
+    with screen.busy("loading libraries"):
+        from pplr.runtimes.run import open_run
+    run = open_run(run_dir)
+    found = run.recommend(
+        client, user=user, history=None if user is not None else titles, count=count, progress=TerminalProgress(screen)
+    )
+    heading = "history, oldest first"
+    if user is not None:
+        every = run.history_titles(user)
+        titles = every[-run.config.data.history_items :]
+        shown = f"the newest {len(titles)} of {len(every)}, " if len(titles) < len(every) else ""
+        heading = f"history of user {user}, {shown}oldest first"
+    screen.line(f"{heading}:", style="bold")
+    for title in titles:
+        screen.line(f"  {title}")
+    screen.line()
+    rows = [(figure(own.rank), own.title, figure(own.score), own.item_id) for own in found]
+    screen.table(Table(("rank", "title", "score", "item"), rows, texts=("title", "item")))
+
+
+@app.command()
+def compare(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Finished runs; the first is the base.")],
+    metric: Annotated[
+        list[str] | None, typer.Option(help="Compare by this metric, such as ndcg@10. Repeatable.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Bootstrap samples.")] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
+) -> None:
+    """Put runs side by side, and test each against the first over the same users."""
+    from pplr.apps import compare as comparing
+    from pplr.apps.terminal import Screen
+
+    screen = Screen()
+    with screen.busy("loading libraries"):
+        from pplr.runtimes.run import open_run
+    runs = [open_run(run_dir) for run_dir in run_dirs]
+    screen.table(comparing.run_table(runs))
+    screen.line()
+    screen.table(comparing.spread_table(runs, metric or ()))
+    if len(runs) > 1:
+        with screen.busy("resampling users"):
+            differences = comparing.compare(runs, metric or (), samples=samples, seed=seed)
+        screen.line()
+        screen.table(comparing.difference_table(differences, runs[0]))
+
+
+@app.command("config")
+def show_config(
+    config: ConfigPath = None,
+    settings: Settings = None,
+    template: Annotated[bool, typer.Option("--template", help="Print every field with what it means.")] = False,
+) -> None:
+    """Print a template to start from, or a configuration with every field resolved."""
+    from pplr.config import config_template, load_config
+
+    if template:
+        if config is not None or settings:
+            raise typer.BadParameter("the template takes no CONFIG and no --set")
+        typer.echo(config_template(), nl=False)
+    elif config is None and not settings:
+        raise typer.BadParameter("give a CONFIG, or --template")
+    else:
+        typer.echo(load_config(config, settings or ()).to_yaml(), nl=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Check the installation, the machine and the cache, and say what is missing and how to get it."""
+    from pplr.apps.doctor import examine
+    from pplr.apps.tables import Table
+    from pplr.apps.terminal import Screen
+
+    screen = Screen()
+    with screen.busy("looking around"):
+        findings = examine()
+    screen.table(Table(("what", "found"), findings.rows, texts=("what", "found")))
+    screen.line()
+    for line in findings.missing or ("Nothing is missing.",):
+        screen.line(line)
+    if not findings.usable:
+        raise typer.Exit(1)
+
+
+def _complain(line: str) -> None:
+    """Write one line to standard error, whatever it holds."""
+    from pplr.apps.tables import clean
+
+    with contextlib.suppress(BrokenPipeError):
+        typer.echo(" ".join(clean(line).split()), err=True)
+
+
+def _silence() -> None:
+    """Send what is left to write to nowhere, so that Python does not complain about the closed pipe at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Runs side by side: their figures, and whether a difference is more than chance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pplr.apps.results import metric_names
+from pplr.apps.tables import Table, figure
+from pplr.errors import ConfigError, RunError, nearest
+
+if TYPE_CHECKING:
+    from pplr.runtimes.run import Run
+
+__all__ = ["Difference", "compare", "difference_table", "run_table", "spread_table"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a run is from the first one in one metric, over the users that both tested.
+
+    Args:
+        run: The run's folder.
+        metric: Such as ``ndcg@10``.
+        users: How many users both tested.
+        difference: Mean of this run minus the first.
+        low: 2.5 % quantile of the resampled difference.
+        high: 97.5 % quantile.
+        p: Two-sided p of the paired bootstrap.
+    """
+
+    run: str
+    metric: str
+    users: int
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def compare(runs: Sequence[Run], metrics: Sequence[str], *, samples: int = 10_000, seed: int = 0) -> list[Difference]:
+    """Compare every run with the first one by a paired bootstrap over users.
+
+    Args:
+        runs: At least one, finished.
+        metrics: Which to compare; recall and ndcg at the first run's smallest cutoff when empty.
+        samples: Bootstrap samples.
+        seed: Of the bootstrap.
+
+    Raises:
+        RunError: A run is not finished, or was tested on other data or another holdout than the first.
+        ConfigError: A metric was not measured.
+    """
+    from pplr.recommend.evaluation import paired_bootstrap
+
+    first, *others = runs
+    chosen = chosen_metrics(first, metrics)
+    differences: list[Difference] = []
+    for other in others:
+        finished_metrics(other)
+        _check_same_holdout(first, other)
+        a, b = other.evaluation(), first.evaluation()
+        users = len(set(a.users.tolist()) & set(b.users.tolist()))
+        for metric in chosen:
+            found = paired_bootstrap(a, b, metric, samples=samples, seed=seed)
+            differences.append(Difference(str(other.folder), metric, users, *found))
+    return differences
+
+
+def chosen_metrics(run: Run, metrics: Sequence[str]) -> list[str]:
+    """Check metrics asked for, or choose recall and ndcg at the smallest cutoff.
+
+    Raises:
+        ConfigError: A metric was not measured.
+    """
+    known = metric_names(finished_metrics(run))
+    for metric in metrics:
+        if metric not in known:
+            raise ConfigError(f"{run.folder} did not measure {metric!r}", cure=nearest(metric, known))
+    chosen: list[str] = list(metrics)
+    for kind in ("recall@", "ndcg@") if not metrics else ():
+        cutoffs = [int(name.removeprefix(kind)) for name in known if name.startswith(kind)]
+        chosen += [f"{kind}{min(cutoffs)}"] if cutoffs else []
+    return chosen
+
+
+def finished_metrics(run: Run) -> Mapping[str, Any]:
+    """Return the run's metrics.
+
+    Raises:
+        RunError: The run has none yet.
+    """
+    if run.metrics is None:
+        raise RunError(
+            f"{run.folder} has no metrics yet, its training is not finished",
+            cure=f"Go on with `pplr train {run.folder / 'config.yaml'} --run-dir {run.folder} --resume`.",
+        )
+    return run.metrics
+
+
+def run_table(runs: Sequence[Run]) -> Table:
+    """Lay the runs out: a row for each, with its method and its overall metrics.
+
+    Raises:
+        RunError: A run is not finished.
+    """
+    contents = [finished_metrics(run) for run in runs]
+    names = list(dict.fromkeys(name for content in contents for name in metric_names(content)))
+    rows: list[list[str]] = []
+    for run, content in zip(runs, contents, strict=True):
+        overall = content.get("overall") or {}
+        row = [str(run.folder), str(content.get("method") or "-")]
+        rows.append(row + [figure(overall.get(name)) for name in names])
+    return Table(("run", "method", *names), rows, texts=("run", "method"))
+
+
+def spread_table(runs: Sequence[Run], metrics: Sequence[str] = ()) -> Table:
+    """Lay out how far each run's clients differ: a row for each run and metric.
+
+    Args:
+        runs: At least one, finished.
+        metrics: As for :func:`compare`.
+
+    Raises:
+        RunError: A run is not finished.
+        ConfigError: A metric was not measured by the first run.
+    """
+    chosen = chosen_metrics(runs[0], metrics)
+    rows: list[tuple[str, ...]] = []
+    for metric in chosen:
+        for run in runs:
+            spread = (finished_metrics(run).get("spread") or {}).get(metric) or {}
+            rows.append(
+                (str(run.folder), metric, *(figure(spread.get(key)) for key in ("worst", "best", "gap", "std")))
+            )
+    return Table(("run", "metric", "worst client", "best client", "gap", "std"), rows, texts=("run", "metric"))
+
+
+def difference_table(differences: Sequence[Difference], first: Run) -> Table:
+    """Lay differences out, a row for each run and metric."""
+    rows = [
+        (
+            own.run,
+            own.metric,
+            figure(own.users),
+            f"{own.difference:+.4f}",
+            f"{own.low:+.4f} to {own.high:+.4f}",
+            f"{own.p:.4f}",
+        )
+        for own in differences
+    ]
+    columns = (f"against {first.folder}", "metric", "users", "difference", "95 % interval", "p")
+    return Table(columns, rows, texts=(columns[0], "metric"))
+
+
+def _check_same_holdout(first: Run, other: Run) -> None:
+    """Refuse to pair users of different data: their numbers would mean different people."""
+    for key in sorted(set(first.provenance) & set(other.provenance)):
+        if "holdout" in key and first.provenance[key] != other.provenance[key]:
+            raise RunError(
+                f"{other.folder} was tested on another holdout than {first.folder}",
+                cure="Compare runs with the same data section.",
+            )

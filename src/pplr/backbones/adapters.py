@@ -1,0 +1,242 @@
+"""LoRA adapters by name: how they start, where they sit, how they are written.
+
+An :data:`AdapterState` names every tensor as PEFT does on the uncut model, with absolute block numbers
+(``base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight``), wherever the block is hosted. So an
+adapter means the same for every cut, and loads with ``PeftModel.from_pretrained``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from pplr.config import AdapterConfig
+from pplr.errors import AdapterError, BackboneError
+from pplr.seeds import derive_seed
+from pplr.storage import write_atomic
+
+__all__ = [
+    "AdapterSlots",
+    "AdapterState",
+    "SeededDropout",
+    "check_adapter",
+    "initial_adapter",
+    "inject_adapter",
+    "load_adapter",
+    "natural_order",
+    "save_adapter",
+]
+
+AdapterState = dict[str, Tensor]
+"""LoRA tensors by PEFT's name on the uncut model; float32."""
+
+_PREFIX = "base_model.model."
+
+
+def natural_order(names: Iterable[str]) -> list[str]:
+    """Sort names so that block 10 follows block 9.
+
+    Example:
+        >>> natural_order(["layers.10.a", "layers.9.a"])
+        ['layers.9.a', 'layers.10.a']
+    """
+    return sorted(names, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
+
+
+class SeededDropout(nn.Module):
+    """Dropout whose mask follows from a seed, not from how many draws came before it.
+
+    So the mask of a block is the same whether the block runs in this process or across a cut.
+
+    Args:
+        probability: Share of the inputs that is dropped, in [0, 1).
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+        self.generator: torch.Generator | None = None
+
+    def reseed(self, seed: int | None, device: torch.device) -> None:
+        """Set the seed of the next mask; ``None`` lets everything through."""
+        if seed is None:
+            self.generator = None
+            return
+        if self.generator is None or self.generator.device != device:
+            self.generator = torch.Generator(device)
+        self.generator.manual_seed(seed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop inputs of any shape; what stays is scaled by 1 / (1 - probability)."""
+        if self.generator is None or self.probability == 0:
+            return x
+        keep = torch.empty_like(x).bernoulli_(1 - self.probability, generator=self.generator)
+        return x * keep.div_(1 - self.probability)
+
+
+class AdapterSlots:
+    """The places in a stage where a client's LoRA tensors are put.
+
+    The stage's frozen base is shared; binding another client's parameters is an assignment for each tensor and
+    copies nothing.
+
+    Args:
+        layers: LoRA layers by their absolute name in the uncut model, without PEFT's prefix.
+    """
+
+    def __init__(self, layers: Mapping[str, LoraLayer]) -> None:
+        self._layers = {name: layers[name] for name in natural_order(layers)}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor by its name in an :data:`AdapterState`."""
+        return {name: tuple(module.weight.shape) for name, module in self._places()}
+
+    def _places(self) -> Iterable[tuple[str, nn.Linear]]:
+        for name, layer in self._layers.items():
+            yield f"{_PREFIX}{name}.lora_A.weight", layer.lora_A["default"]
+            yield f"{_PREFIX}{name}.lora_B.weight", layer.lora_B["default"]
+
+    def bind(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Put one client's parameters in place, by reference.
+
+        Raises:
+            AdapterError: A tensor of this stage is missing.
+        """
+        for name, module in self._places():
+            if name not in parameters:
+                raise AdapterError(
+                    f"the adapter has no tensor {name}", cure="Use an adapter made for this model and these modules."
+                )
+            module.weight = parameters[name]
+
+    def enable(self, enabled: bool) -> None:
+        """Let the adapter take part in forward passes, or leave the base alone."""
+        for layer in self._layers.values():
+            layer._disable_adapters = not enabled
+
+    def reseed(self, seed: int | None) -> None:
+        """Seed the dropout masks of the next forward pass; ``None`` is evaluation."""
+        for name, layer in self._layers.items():
+            dropout = layer.lora_dropout["default"]
+            if isinstance(dropout, SeededDropout):
+                device = layer.lora_A["default"].weight.device
+                dropout.reseed(None if seed is None else derive_seed(seed, name), device)
+
+
+def inject_adapter(layers: nn.ModuleList, config: AdapterConfig, *, first_layer: int) -> AdapterSlots:
+    """Put empty LoRA layers into a span of blocks, by PEFT.
+
+    Args:
+        layers: The blocks of a span, numbered from 0 within it.
+        config: Rank, scaling, dropout and target modules.
+        first_layer: Absolute number of the span's first block.
+
+    Raises:
+        BackboneError: No linear layer of a block has one of the target names.
+    """
+    if len(layers) == 0:
+        return AdapterSlots({})
+    lora = LoraConfig(
+        r=config.rank, lora_alpha=config.lora_alpha, lora_dropout=0.0, target_modules=list(config.target_modules)
+    )
+    linear = {name.split(".")[-1] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
+    if unknown := sorted(set(config.target_modules) - linear):
+        raise BackboneError(
+            f"the model's blocks have no linear layer called {unknown[0]!r}",
+            cure=f"Set adapter.target_modules to some of {sorted(linear)}.",
+        )
+    inject_adapter_in_model(lora, layers)
+    found: dict[str, LoraLayer] = {}
+    for name, module in layers.named_modules():
+        if isinstance(module, LoraLayer):
+            number, rest = name.split(".", 1)
+            if config.dropout > 0:
+                module.lora_dropout["default"] = SeededDropout(config.dropout)
+            found[f"model.layers.{int(number) + first_layer}.{rest}"] = module
+    return AdapterSlots(found)
+
+
+def initial_adapter(shapes: Mapping[str, tuple[int, ...]], seed: int) -> AdapterState:
+    """Draw the adapter that every client starts from: A as LoRA's authors do (Kaiming uniform), B zero.
+
+    Each tensor has a seed of its own name, so the start is the same for every cut.
+
+    Example:
+        >>> start = initial_adapter({"x.lora_A.weight": (2, 4), "x.lora_B.weight": (4, 2)}, seed=0)
+        >>> float(start["x.lora_B.weight"].abs().sum())
+        0.0
+    """
+    state: AdapterState = {}
+    for name in natural_order(shapes):
+        tensor = torch.zeros(shapes[name])
+        if "lora_A" in name:
+            source = torch.Generator().manual_seed(derive_seed(seed, "initial adapter", name))
+            nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=source)
+        state[name] = tensor
+    return state
+
+
+def check_adapter(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], *, whose: str) -> None:
+    """Refuse an adapter with missing, unknown, misshapen or non-finite tensors.
+
+    Raises:
+        AdapterError: Says which tensor and what is wrong with it.
+    """
+    cure = "Use an adapter that this run's model, rank and target modules made."
+    if missing := sorted(set(shapes) - set(state)):
+        raise AdapterError(f"{whose} lacks {len(missing)} tensors, first {missing[0]}", cure=cure)
+    if unknown := sorted(set(state) - set(shapes)):
+        raise AdapterError(f"{whose} has {len(unknown)} unknown tensors, first {unknown[0]}", cure=cure)
+    for name, shape in shapes.items():
+        tensor = state[name]
+        if tuple(tensor.shape) != tuple(shape):
+            raise AdapterError(f"{whose}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}", cure=cure)
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(
+                f"{whose}: {name} holds NaN or infinite values",
+                cure="Lower training.learning_rate, or drop the client.",
+            )
+
+
+def save_adapter(state: AdapterState, folder: Path, config: AdapterConfig, model: str) -> None:
+    """Write an adapter as PEFT does: ``adapter_model.safetensors`` and ``adapter_config.json``."""
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.dropout,
+        target_modules=sorted(config.target_modules),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model,
+        inference_mode=True,
+    ).to_dict()
+    lora = {key: sorted(value) if isinstance(value, set) else value for key, value in lora.items()}
+    tensors = {name: state[name].detach().contiguous().cpu() for name in natural_order(state)}
+    write_atomic(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    text = json.dumps({k: getattr(v, "value", v) for k, v in lora.items()}, indent=2, sort_keys=True, default=str)
+    write_atomic(folder / "adapter_config.json", (text + "\n").encode())
+
+
+def load_adapter(folder: Path) -> AdapterState:
+    """Read what :func:`save_adapter` wrote.
+
+    Raises:
+        AdapterError: The file is missing or damaged.
+    """
+    path = folder / "adapter_model.safetensors"
+    try:
+        return dict(load_file(path))
+    except FileNotFoundError:
+        raise AdapterError(f"no adapter at {path}", cure="Train the run to its end, or give another run.") from None
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} is damaged ({error})", cure="Go on with --resume to write it again.") from error

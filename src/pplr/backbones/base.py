@@ -1,0 +1,177 @@
+"""What a backbone is: embeddings, a row of blocks, and an end that turns states into a loss.
+
+A backbone is one file. It says how text becomes a batch, how a batch enters the first block, what a span
+of blocks is, and what is made of the last block's states. It knows nothing of cuts, clients or rounds: any
+span of its blocks may be hosted anywhere.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pplr.config import BackboneConfig
+from pplr.data.interactions import Catalog
+from pplr.data.prompts import Sample
+from pplr.errors import ConfigError, nearest
+
+__all__ = ["BACKBONES", "Backbone", "Batch", "Blocks", "load_backbone", "register"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one forward pass, padded on the right.
+
+    Args:
+        input_ids: (B, T) token ids.
+        lengths: (B,) real tokens of each row.
+        is_target: (B, T), true where the token is one that the loss asks for.
+    """
+
+    input_ids: Tensor
+    lengths: Tensor
+    is_target: Tensor
+
+    @property
+    def samples(self) -> int:
+        """B."""
+        return self.input_ids.shape[0]
+
+    @property
+    def targets(self) -> int:
+        """Tokens that the loss asks for."""
+        return int(self.is_target.sum())
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, without padding."""
+        return int(self.lengths.sum())
+
+
+class Blocks(nn.Module, ABC):
+    """A span of a backbone's blocks, numbered from 0 within the span and named as in the whole model.
+
+    Attributes:
+        layers: The blocks.
+        first_layer: Absolute number of the first.
+    """
+
+    layers: nn.ModuleList
+    first_layer: int
+
+    @abstractmethod
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+    ) -> Tensor:
+        """Run the blocks: (B, T, D) -> (B, T, D).
+
+        Args:
+            hidden_states: (B, T, D), from the block before.
+            attention_mask: (B, T_past + T), 0 where a token is padding; absent when padding is on the right only.
+            position_ids: (B, T); absent counts from 0.
+            cache: Keys and values of this span, extended in place.
+        """
+
+
+class Backbone(ABC):
+    """A language model with a frozen base, as parts that can be hosted apart.
+
+    Attributes:
+        name: The registered name.
+        total_layers: Number of blocks.
+        hidden_size: D, the width of what passes from block to block.
+        dtype: Of the frozen base and of what passes from block to block.
+        device: Where the base lies.
+    """
+
+    name: ClassVar[str]
+    total_layers: int
+    hidden_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    @abstractmethod
+    def load(cls, config: BackboneConfig, notify: Callable[[str], None]) -> Backbone:
+        """Load the frozen base.
+
+        Raises:
+            BackboneError: The model cannot be found or read.
+            UnsupportedModelError: The model's family is not one this backbone knows.
+        """
+
+    @abstractmethod
+    def blocks(self, span: range) -> Blocks:
+        """Build the blocks of a span around the shared frozen tensors, without copying them.
+
+        Returns:
+            A module that shares the frozen tensors, and no adapter, with those of other calls.
+        """
+
+    @abstractmethod
+    def new_cache(self, blocks: Blocks) -> Any:
+        """Make an empty key-value cache for a span of blocks."""
+
+    @abstractmethod
+    def encode(self, samples: Sequence[Sample], catalog: Catalog, history_items: int) -> list[Any]:
+        """Turn samples into token sequences once, so that training only collates."""
+
+    @abstractmethod
+    def length(self, encoded: Any) -> int:
+        """Return the number of tokens of one encoded sample."""
+
+    @abstractmethod
+    def collate(self, encoded: Sequence[Any]) -> Batch:
+        """Pad encoded samples to a batch."""
+
+    @abstractmethod
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Map token ids (B, T) to what enters the first block (B, T, D)."""
+
+    @abstractmethod
+    def loss(self, hidden_states: Tensor, batch: Batch) -> Tensor:
+        """Sum the loss over the batch's targets, from the last block's states (B, T, D)."""
+
+    @abstractmethod
+    def client_bytes(self) -> int:
+        """Bytes of the frozen tensors outside the blocks (embeddings, norm, head), which clients always hold."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hash of the frozen base, for caches of what is computed from it."""
+
+
+BackboneT = TypeVar("BackboneT", bound=Backbone)
+
+BACKBONES: dict[str, type[Backbone]] = {}
+
+
+def register(backbone: type[BackboneT]) -> type[BackboneT]:
+    """Register a backbone under its ``name``; used as a decorator."""
+    BACKBONES[backbone.name] = backbone
+    return backbone
+
+
+def load_backbone(config: BackboneConfig, notify: Callable[[str], None] = lambda _: None) -> Backbone:
+    """Load the backbone that a configuration names.
+
+    Raises:
+        ConfigError: No backbone has that name.
+        BackboneError: The model cannot be loaded.
+    """
+    from pplr.backbones import causal_lm  # noqa: F401  (registers itself)
+
+    try:
+        kind = BACKBONES[config.name]
+    except KeyError:
+        raise ConfigError(f"no backbone is called {config.name!r}", cure=nearest(config.name, BACKBONES)) from None
+    return kind.load(config, notify)

@@ -1,0 +1,261 @@
+"""BIGRec's backbone: a decoder reads a history of titles and writes the next one."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from pplr.backbones.base import Backbone, Batch, Blocks, register
+from pplr.backbones.loading import load_pretrained
+from pplr.config import BackboneConfig, PromptConfig
+from pplr.data.interactions import Catalog
+from pplr.data.prompts import PromptTemplate, Sample
+from pplr.errors import DataError, UnsupportedModelError
+
+__all__ = ["FAMILIES", "CausalLM", "DecoderBlocks", "EncodedSample"]
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Model families whose cut is verified equal to the uncut model, as HF's ``model_type``."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSample:
+    """A prompt and its answer in tokens, encoded apart, so that the prompt is the same in training and inference."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+class DecoderBlocks(Blocks):
+    """A span of a decoder's blocks: a small model of the same HF class, around the same frozen tensors.
+
+    Masks, rotary embeddings and caches are transformers' own. Embeddings and the final norm are left out.
+
+    Args:
+        whole: The inner model (``model.model``) that holds every block.
+        config: Its configuration.
+        span: The blocks to hold, half-open like ``range``.
+    """
+
+    def __init__(self, whole: Any, config: PretrainedConfig, span: range) -> None:
+        super().__init__()
+        self.first_layer = span.start
+        self.config = copy.deepcopy(config)
+        self.config.num_hidden_layers = len(span)
+        if getattr(self.config, "layer_types", None) is not None:
+            self.config.layer_types = list(config.layer_types[span.start : span.stop])
+        with init_empty_weights(include_buffers=False):
+            inner = type(whole)(self.config)
+        inner.embed_tokens = nn.Identity()
+        inner.norm = nn.Identity()
+        tensors = {
+            f"layers.{number}.{name}": tensor
+            for number, layer in enumerate(whole.layers[span.start : span.stop])
+            for name, tensor in layer.state_dict().items()
+        }
+        inner.load_state_dict(tensors, assign=True)
+        inner.rotary_emb.to(next(iter(tensors.values())).device if tensors else "cpu")
+        inner.requires_grad_(False)
+        inner.eval()
+        self.inner = inner
+        self.layers = inner.layers
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: DynamicCache | None = None,
+    ) -> Tensor:
+        """Run the blocks: (B, T, D) -> (B, T, D)."""
+        if len(self.layers) == 0:
+            return hidden_states
+        return self.inner(
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+
+@register
+class CausalLM(Backbone):
+    """A decoder of the Llama-like layout, trained to write ``"Title"`` after a prompt.
+
+    Args:
+        model: The frozen HF model.
+        tokenizer: Its tokenizer.
+        prompt: Words around a history.
+        max_tokens: Longest prompt with its answer.
+        model_name: What the model is called in saved adapters.
+
+    Raises:
+        UnsupportedModelError: The model's family is not verified.
+    """
+
+    name: ClassVar[str] = "causal_lm"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        prompt: PromptConfig | None = None,
+        max_tokens: int = 512,
+        model_name: str = "",
+    ) -> None:
+        if model.config.model_type not in FAMILIES:
+            raise UnsupportedModelError(
+                f"models of the family {model.config.model_type!r} are not verified for causal_lm",
+                cure=f"Choose a model of one of these families: {', '.join(FAMILIES)}.",
+            )
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.template = PromptTemplate(prompt or PromptConfig())
+        self.max_tokens = max_tokens
+        self.model_name = model_name
+        self.total_layers = model.config.num_hidden_layers
+        self.hidden_size = model.config.hidden_size
+        self.dtype = model.dtype
+        self.device = model.device
+        probe = tokenizer("x").input_ids
+        starts = tokenizer.bos_token_id is not None and probe[:1] == [tokenizer.bos_token_id]
+        self._start: tuple[int, ...] = (tokenizer.bos_token_id,) if starts else ()
+        self.end_token = tokenizer.eos_token_id
+        pad = tokenizer.pad_token_id
+        self.pad_token = self.end_token if pad is None else pad
+
+    @classmethod
+    def load(cls, config: BackboneConfig, notify: Callable[[str], None] = lambda _: None) -> CausalLM:
+        """Load from a short name, a hub id, a folder or a GGUF file; see :func:`load_pretrained`."""
+        model, tokenizer, where = load_pretrained(config, FAMILIES, notify)
+        return cls(model, tokenizer, prompt=config.prompt, max_tokens=config.max_tokens, model_name=where)
+
+    def blocks(self, span: range) -> DecoderBlocks:
+        """Build the blocks of a span; the frozen tensors are shared."""
+        return DecoderBlocks(self.model.model, self.model.config, span)
+
+    def new_cache(self, blocks: Blocks) -> DynamicCache:
+        """Make an empty cache of the span's own layer types."""
+        return DynamicCache(config=cast(DecoderBlocks, blocks).config)
+
+    # -- text to tokens ---------------------------------------------------------------------------------------
+
+    def prompt_tokens(self, titles: Sequence[str], reserve: int) -> tuple[int, ...]:
+        """Encode a history as a prompt that leaves room for an answer.
+
+        Args:
+            titles: The history, oldest first. While the prompt is too long the oldest title is left out.
+            reserve: Tokens to leave for the answer.
+
+        Raises:
+            DataError: There is no history, or even its newest title alone does not fit ``max_tokens``.
+        """
+        needed = 0
+        for first in range(max(1, len(titles))):
+            text = self.template.prompt(titles[first:])
+            tokens = self._start + tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+            needed = len(tokens) + reserve
+            if needed <= self.max_tokens:
+                return tokens
+        raise DataError(
+            f"a prompt with one title and {reserve} answer tokens takes {needed} tokens, more than the "
+            f"{self.max_tokens} allowed",
+            cure="Raise backbone.max_tokens, or shorten backbone.prompt.instruction or the data's titles.",
+        )
+
+    def answer_tokens(self, title: str) -> tuple[int, ...]:
+        """Encode a title as the answer, with the end token."""
+        text = self.template.answer(title)
+        return (*self.tokenizer(text, add_special_tokens=False).input_ids, self.end_token)
+
+    def text_tokens(self, text: str) -> tuple[int, ...]:
+        """Encode a text by itself, as it is embedded for grounding."""
+        return self._start + tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def encode(self, samples: Sequence[Sample], catalog: Catalog, history_items: int) -> list[EncodedSample]:
+        """Encode samples; histories longer than ``history_items`` keep their newest items."""
+        encoded = []
+        for sample in samples:
+            answer = self.answer_tokens(catalog.titles[sample.target])
+            titles = [catalog.titles[item] for item in sample.history[-history_items:]]
+            encoded.append(EncodedSample(self.prompt_tokens(titles, len(answer)), answer))
+        return encoded
+
+    def length(self, encoded: EncodedSample) -> int:
+        """Count prompt and answer."""
+        return len(encoded.prompt) + len(encoded.answer)
+
+    def collate(self, encoded: Sequence[EncodedSample]) -> Batch:
+        """Pad on the right; the answer's tokens are the targets."""
+        return self.pad([s.prompt + s.answer for s in encoded], [len(s.prompt) for s in encoded])
+
+    def pad(self, rows: Sequence[Sequence[int]], first_target: Sequence[int] | None = None) -> Batch:
+        """Pad token rows on the right to a batch.
+
+        Args:
+            rows: B token sequences.
+            first_target: For each row the position from which tokens are targets; none when absent.
+        """
+        longest = max(len(row) for row in rows)
+        input_ids = torch.full((len(rows), longest), self.pad_token, dtype=torch.long)
+        is_target = torch.zeros(len(rows), longest, dtype=torch.bool)
+        for number, row in enumerate(rows):
+            input_ids[number, : len(row)] = torch.tensor(row)
+            if first_target is not None:
+                is_target[number, first_target[number] : len(row)] = True
+        lengths = torch.tensor([len(row) for row in rows])
+        return Batch(input_ids.to(self.device), lengths, is_target.to(self.device))
+
+    # -- tokens to states, states to loss ---------------------------------------------------------------------
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Look up token embeddings: (B, T) -> (B, T, D)."""
+        return self.model.model.embed_tokens(input_ids)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Apply the final norm and the head: (..., D) -> (..., V)."""
+        return self.model.lm_head(self.final_states(hidden_states))
+
+    def final_states(self, hidden_states: Tensor) -> Tensor:
+        """Apply the final norm: (..., D) -> (..., D)."""
+        return self.model.model.norm(hidden_states)
+
+    def loss(self, hidden_states: Tensor, batch: Batch) -> Tensor:
+        """Sum the cross-entropy over answer tokens; the head runs only where one is predicted."""
+        before = hidden_states[:, :-1][batch.is_target[:, 1:]]  # (M, D), the states that predict answer tokens
+        labels = batch.input_ids[:, 1:][batch.is_target[:, 1:]]  # (M,)
+        return F.cross_entropy(self.logits(before).float(), labels, reduction="sum")
+
+    def read_answer(self, tokens: Sequence[int]) -> str:
+        """Read a generated answer as a title: its first line, without the quotes around it."""
+        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text.strip().split("\n")[0].strip().strip('"').strip()
+
+    def client_bytes(self) -> int:
+        """Bytes of embeddings, norm and head; tied tensors count once."""
+        parts = [self.model.model.embed_tokens, self.model.model.norm, self.model.lm_head]
+        tensors = {p.data_ptr(): p.nbytes for part in parts for p in part.parameters()}
+        return sum(tensors.values())
+
+    def fingerprint(self) -> str:
+        """Hash every frozen tensor with its name and dtype."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)))
+        return digest.hexdigest()
+
+    def extra_state(self) -> dict[str, Any]:
+        """Say what the model is, for provenance."""
+        return {"model": self.model_name, "family": self.model.config.model_type}

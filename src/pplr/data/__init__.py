@@ -1,0 +1,1 @@
+"""What happened: interactions, catalog, sources, holdouts, partitions and prompts. Loads no torch."""

@@ -1,0 +1,1 @@
+"""The method: aggregation, heating, personalisation, clients, server, rounds. Knows no network."""

@@ -1,0 +1,158 @@
+"""Checkpoints that are whole or absent, and a run that goes on from them as if it had never stopped.
+
+A checkpoint is a folder ``checkpoints/<server_round>``: the state of the rounds as JSON, one safetensors file for
+each client (adapter, optimizer), one for each client's best adapter, and a manifest with the SHA-256 of each file.
+It is written beside its place and renamed into it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from pplr.backbones.adapters import AdapterState
+from pplr.errors import CheckpointError
+from pplr.storage import sha256_file, storage_errors, write_atomic, write_json
+
+__all__ = ["FORMAT", "Checkpoint", "CheckpointStore"]
+
+FORMAT = 1
+"""Version of the layout; a newer one is refused."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk.
+
+    Args:
+        folder: Where it lies.
+        state: The state of the rounds.
+    """
+
+    folder: Path
+    state: Mapping[str, Any]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Read one of its safetensors files."""
+        return dict(load_file(self.folder / f"{name}.safetensors"))
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        folder: The run's ``checkpoints`` folder.
+        keep: How many of the newest to keep.
+        warn: Told of every checkpoint that is refused.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, warn: Callable[[str], None]) -> None:
+        self.folder = folder
+        self._keep = keep
+        self._warn = warn
+
+    def write(
+        self,
+        server_round: int,
+        state: Mapping[str, Any],
+        clients: Mapping[str, Mapping[str, Tensor]],
+        improved: Mapping[str, AdapterState],
+    ) -> None:
+        """Write the checkpoint of a finished server round, then drop the oldest.
+
+        Args:
+            server_round: Counted from 0.
+            state: What else is needed to go on, as JSON.
+            clients: Adapter and optimizer of each client, as flat tensors.
+            improved: Best adapters that are new; a client that is not named keeps its best of the newest checkpoint.
+
+        Raises:
+            StorageError: The disk is full or refuses; the checkpoints that were there before are untouched.
+        """
+        final = self.folder / f"{server_round + 1:06d}"
+        work = self.folder / f".{final.name}.tmp"
+        with storage_errors(final):
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+        before = next(iter(self._folders()), None)
+        for name, tensors in clients.items():
+            write_atomic(work / f"client-{name}.safetensors", save({k: v.contiguous() for k, v in tensors.items()}))
+            best = work / f"best-{name}.safetensors"
+            if name in improved:
+                write_atomic(best, save({k: v.contiguous() for k, v in improved[name].items()}))
+            elif before is not None and (before / best.name).exists():
+                with storage_errors(best):
+                    shutil.copyfile(before / best.name, best)
+        write_json(work / "state.json", dict(state))
+        files = sorted(path.name for path in work.iterdir())
+        write_json(
+            work / "manifest.json", {"format": FORMAT, "sha256": {name: sha256_file(work / name) for name in files}}
+        )
+        with storage_errors(final):
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(work, final)  # noqa: PTH105
+            descriptor = os.open(self.folder, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        for old in self._folders()[self._keep :]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def newest(self) -> Checkpoint | None:
+        """Return the newest checkpoint that is whole; each one refused on the way is told aloud.
+
+        Raises:
+            CheckpointError: There are checkpoints, and none of them is whole.
+        """
+        folders = self._folders()
+        for folder in folders:
+            try:
+                return self._read(folder)
+            except CheckpointError as error:
+                self._warn(str(error))
+        if folders:
+            raise CheckpointError(
+                f"none of the {len(folders)} checkpoints in {self.folder} is whole",
+                cure="Start again with another --run-dir.",
+            )
+        return None
+
+    def _folders(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return sorted((p for p in self.folder.iterdir() if p.is_dir() and p.name.isdigit()), reverse=True)
+
+    def _read(self, folder: Path) -> Checkpoint:
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            version, hashes = int(manifest["format"]), dict(manifest["sha256"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(
+                f"checkpoint {folder} has no readable manifest", cure="The one before it is used."
+            ) from None
+        if version > FORMAT:
+            raise CheckpointError(
+                f"checkpoint {folder} has format {version}, newer than {FORMAT}", cure="Update pplr to use it."
+            )
+        for name, digest in hashes.items():
+            path = folder / name
+            if not path.is_file() or sha256_file(path) != digest:
+                raise CheckpointError(
+                    f"checkpoint {folder} is damaged: {name} does not match its SHA-256",
+                    cure="The one before it is used.",
+                )
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            return Checkpoint(folder, state)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(
+                f"checkpoint {folder} is damaged: {error}", cure="The one before it is used."
+            ) from error

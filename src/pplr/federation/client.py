@@ -1,0 +1,132 @@
+"""One client of the federation: its samples, its adapter, its own best round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pplr.backbones.adapters import AdapterState
+from pplr.config import Config
+from pplr.federation.methods import Method
+from pplr.recommend.training import LocalResult, train_locally
+from pplr.stages.model import ClientModel
+from pplr.stages.transport import Traffic
+
+__all__ = ["Best", "FederatedClient", "Validate"]
+
+Validate = Callable[[ClientModel], Mapping[str, float | None]]
+"""Measures a client's model on its own validation cases."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """A client's best server round so far.
+
+    Args:
+        server_round: Counted from 0.
+        score: The validation metric there; ``None`` when the client has nothing to validate on.
+    """
+
+    server_round: int
+    score: float | None
+
+
+class FederatedClient:
+    """A party that holds users.
+
+    Args:
+        name: Its name.
+        encoded: Its encoded training samples.
+        model: The model whose adapter is exchanged.
+        validate: Measures the model that serves the client.
+        personal: With methods such as Ditto, a second model that serves the client and whose adapter is never sent.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        encoded: Sequence[Any],
+        model: ClientModel,
+        validate: Validate,
+        personal: ClientModel | None = None,
+    ) -> None:
+        self.name = name
+        self.encoded = encoded
+        self.model = model
+        self.personal = personal
+        self.best: Best | None = None
+        self._validate = validate
+
+    @property
+    def serving(self) -> ClientModel:
+        """The model that the client's users are served by."""
+        return self.personal or self.model
+
+    @property
+    def traffic(self) -> Traffic:
+        """What crossed the cut for this client so far."""
+        both = [model.traffic for model in (self.model, self.personal) if model is not None]
+        return Traffic(sum(t.bytes_up for t in both), sum(t.bytes_down for t in both))
+
+    def train(self, server_round: int, config: Config, method: Method, advance: Callable[[int], None]) -> LocalResult:
+        """Train on the client's own samples for one server round.
+
+        Returns:
+            The result of the exchanged adapter; with a personal model, its time and samples are added.
+        """
+        shared: dict[str, Any] = {
+            "server_round": server_round,
+            "rounds": config.federation.rounds,
+            "seed": config.run.seed,
+            "advance": advance,
+        }
+        objective = method.objective()
+        anchor: AdapterState | None = None
+        if objective.proximal_mu > 0 or self.personal is not None:
+            anchor = {name: tensor.clone() for name, tensor in self.model.adapter().items()}
+        result = train_locally(
+            self.model, self.encoded, config.training, client=self.name, objective=objective, anchor=anchor, **shared
+        )
+        if self.personal is None:
+            return result
+        own = train_locally(
+            self.personal,
+            self.encoded,
+            config.training,
+            client=f"{self.name} personal",
+            objective=method.personal_objective(),
+            anchor=anchor,
+            **shared,
+        )
+        return LocalResult(
+            samples=result.samples + own.samples,
+            steps=result.steps + own.steps,
+            tokens=result.tokens + own.tokens,
+            targets=result.targets + own.targets,
+            loss=own.loss,
+            seconds=result.seconds + own.seconds,
+        )
+
+    def set_adapter(self, state: Mapping[str, Tensor]) -> None:
+        """Take mixed tensors into the exchanged adapter; tensors that are not given stay."""
+        self.model.set_adapter(state)
+
+    def validate(self, server_round: int, metric: str) -> tuple[Mapping[str, float | None], bool]:
+        """Measure the serving model on the client's own validation cases.
+
+        Returns:
+            The metrics, and whether this round is the client's best so far. A client with nothing to validate on
+            takes its newest round.
+        """
+        measured = self._validate(self.serving)
+        score = measured.get(metric)
+        if score is None or self.best is None or self.best.score is None:
+            improved = True
+        else:
+            improved = score < self.best.score if metric == "loss" else score > self.best.score
+        if improved:
+            self.best = Best(server_round, score)
+        return measured, improved

@@ -1,0 +1,44 @@
+"""The paper's dynamic balance strategy."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from pplr.federation.aggregation import mixing_weights, similarity
+from pplr.federation.heating import heating_weight, loss_share
+from pplr.federation.methods.base import Method, Mixing, RoundView, register
+
+__all__ = ["PPLR"]
+
+
+@register
+class PPLR(Method):
+    r"""Every client goes on with its own mixture, weighed by similarity and opened by curriculum heating.
+
+    θ_i' = (S_ii θ_i + w_i Σ_{j≠i} S_ij θ_j) / (S_ii + w_i Σ_{j≠i} S_ij)
+
+    Cites:
+        zhao2024pplr
+    """
+
+    name: ClassVar[str] = "pplr"
+
+    def mixing(self, view: RoundView) -> Mixing:
+        """Compare adapters, share the loss, heat, weigh."""
+        config = self.config
+        alike = similarity(view.adapters, view.initial, of=config.similarity)
+        shares = loss_share(view.losses, temperature=config.temperature)
+        heating = np.array(
+            [
+                heating_weight(
+                    float(share),
+                    view.server_round,
+                    heating_scale=config.heating_scale,
+                    heating_horizon=config.heating_horizon,
+                )
+                for share in shares
+            ]
+        )
+        return Mixing(mixing_weights(alike, heating.tolist()), alike, shares, heating)

@@ -1,0 +1,1 @@
+"""The task: training, generation, grounding, metrics, evaluation."""

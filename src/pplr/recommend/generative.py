@@ -1,0 +1,204 @@
+"""Generative recommendation: the model writes a title, and the title is grounded in the catalog."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from pplr.backbones.causal_lm import CausalLM
+from pplr.config import EvaluationConfig
+from pplr.data.interactions import Catalog
+from pplr.data.prompts import Case, shown_title
+from pplr.errors import ConfigError, StorageError
+from pplr.recommend.generation import generate
+from pplr.recommend.grounding import l2_scores, trie_scores
+from pplr.recommend.trie import TitleTrie, TrieConstraint, generated_titles
+from pplr.stages.model import ClientModel
+from pplr.storage import cache_dir, sha256_bytes, write_atomic
+
+__all__ = ["GenerativeRanker", "TitleSpace", "embed_texts"]
+
+_BATCH_TOKENS = 4096
+
+
+def embed_texts(model: ClientModel, texts: Sequence[str], advance: Callable[[int], None] = lambda _: None) -> Tensor:
+    """Embed texts by the base model: the state of the last token after the final norm, adapters off.
+
+    Args:
+        model: Any client's model; its adapter takes no part.
+        texts: S texts, none of them empty.
+        advance: Told the number of texts done.
+
+    Returns:
+        (S, D) float32, on the CPU. Equal texts have equal rows.
+    """
+    backbone = _decoder(model)
+    unique = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    rows = [backbone.text_tokens(text) for text in unique]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    embeddings = torch.empty(len(rows), backbone.hidden_size)
+    start = 0
+    while start < len(order):
+        size = max(1, _BATCH_TOKENS // len(rows[order[start]]))
+        chosen = order[start : start + size]
+        batch = backbone.pad([rows[i] for i in chosen])
+        states = model.hidden_states(batch, adapter=False)  # (B, T, D)
+        last = states[torch.arange(len(chosen)), batch.lengths - 1]
+        embeddings[chosen] = backbone.final_states(last).float().cpu()
+        start += len(chosen)
+        advance(len(chosen))
+    return embeddings[[unique[text] for text in texts]]
+
+
+class TitleSpace:
+    """The catalog's titles as the base model sees them, computed once and cached by hash.
+
+    Items that share a title share a row, so text grounds to all of them alike.
+
+    Args:
+        catalog: N items.
+        embeddings: (S, D) of the distinct titles as they are shown.
+        title_of: (N,) row of each item's title.
+    """
+
+    def __init__(self, catalog: Catalog, embeddings: Tensor, title_of: Tensor) -> None:
+        self.catalog = catalog
+        self.embeddings = embeddings
+        self.title_of = title_of
+
+    @classmethod
+    def build(cls, model: ClientModel, catalog: Catalog, advance: Callable[[int], None] = lambda _: None) -> TitleSpace:
+        """Embed the catalog's titles, or read them from the cache.
+
+        Raises:
+            StorageError: The cached file is damaged.
+        """
+        backbone = _decoder(model)
+        shown = [shown_title(title) for title in catalog.titles]
+        distinct = {title: number for number, title in enumerate(dict.fromkeys(shown))}
+        title_of = torch.tensor([distinct[title] for title in shown])
+        key = sha256_bytes("\n".join(["titles 1", backbone.fingerprint(), *distinct]).encode())
+        path = cache_dir() / "title_embeddings" / f"{key[:32]}.safetensors"
+        embeddings = _read(path)
+        if embeddings is None:
+            embeddings = embed_texts(model, list(distinct), advance)
+            content = save({"embeddings": embeddings})
+            write_atomic(path, content)
+            write_atomic(path.with_suffix(".sha256"), sha256_bytes(content).encode())
+        return cls(catalog, embeddings, title_of)
+
+
+def _read(path: Path) -> Tensor | None:
+    """Read cached embeddings; absent is ``None``, damaged is an error."""
+    if not path.exists():
+        return None
+    try:
+        content = path.read_bytes()
+        expected = path.with_suffix(".sha256").read_text(encoding="ascii")
+        if sha256_bytes(content) == expected:
+            return load(content)["embeddings"]
+    except (OSError, SafetensorError, KeyError, UnicodeDecodeError):
+        pass
+    raise StorageError(
+        f"the cached title embeddings {path} do not match their SHA-256", cure=f"Delete {path} and run again."
+    )
+
+
+class GenerativeRanker:
+    """Ranks the full catalog for a user by what one client's model writes.
+
+    ``l2``: the best beam's text, embedded by the base model, against all titles by Euclidean distance (BIGRec's).
+    ``trie``: the beams walk a trie of titles, seen ones left out; what they write comes first, by beam score, then
+    all other items by the distance to the best beam's title.
+
+    Args:
+        model: The client's model.
+        space: The catalog's titles.
+        config: Grounding, beams, longest answer.
+        history_items: Most items of a history that a prompt shows.
+    """
+
+    def __init__(self, model: ClientModel, space: TitleSpace, config: EvaluationConfig, *, history_items: int) -> None:
+        self._model = model
+        self._backbone = _decoder(model)
+        self._space = space
+        self._config = config
+        self._history_items = history_items
+        answers = [self._backbone.answer_tokens(title) for title in space.catalog.titles]
+        self._longest = max(len(answer) for answer in answers)
+        self._trie = TitleTrie(answers, self._backbone.end_token) if config.grounding == "trie" else None
+        endings = {answer[-2] for answer in answers if len(answer) > 1}
+        self._stops = sorted(token for token in endings if "\n" in self._backbone.tokenizer.decode([token]))
+
+    def scores(self, cases: Sequence[Case]) -> NDArray[np.float32]:
+        """Score every item for every case: (B, N), higher is better."""
+        titles = self._space.catalog.titles
+        prompts = [
+            self._backbone.prompt_tokens([titles[item] for item in case.history[-self._history_items :]], self._longest)
+            for case in cases
+        ]
+        scored = self._by_trie(cases, prompts) if self._trie is not None else self._by_distance(prompts)
+        return scored.numpy()
+
+    def write(self, cases: Sequence[Case]) -> list[str]:
+        """Return the text of the best beam for each case, as it would be grounded."""
+        titles = self._space.catalog.titles
+        prompts = [
+            self._backbone.prompt_tokens([titles[i] for i in case.history[-self._history_items :]], self._longest)
+            for case in cases
+        ]
+        return self._texts(prompts)
+
+    def _texts(self, prompts: Sequence[tuple[int, ...]]) -> list[str]:
+        written = generate(
+            self._model,
+            prompts,
+            beams=self._config.beams,
+            max_new_tokens=self._config.max_new_tokens,
+            stop_tokens=self._stops,
+        )
+        answers = written.sequences[:, written.prompt_length :].tolist()
+        return [self._backbone.read_answer(answer) for answer in answers]
+
+    def _by_distance(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
+        texts = self._texts(prompts)
+        scored = torch.zeros(len(texts), len(self._space.catalog))  # an empty answer says nothing: all items tie
+        told = [row for row, text in enumerate(texts) if text]
+        if told:
+            queries = embed_texts(self._model, [texts[row] for row in told])
+            scored[told] = l2_scores(queries, self._space.embeddings)[:, self._space.title_of]
+        return scored
+
+    def _by_trie(self, cases: Sequence[Case], prompts: Sequence[tuple[int, ...]]) -> Tensor:
+        if self._trie is None:
+            raise ConfigError("this ranker has no trie", cure="Set evaluation.grounding to trie.")
+        longest = max(len(prompt) for prompt in prompts)
+        beams = self._config.beams
+        constraint = TrieConstraint(self._trie, longest, beams, exclude=[case.seen for case in cases])
+        written = generate(
+            self._model,
+            prompts,
+            beams=beams,
+            max_new_tokens=self._trie.max_length + 1,
+            returned=beams,
+            length_penalty=0.0,
+            processors=[constraint],
+        )
+        scores = torch.zeros(len(written.sequences)) if written.scores is None else written.scores
+        found = generated_titles(self._trie, written.sequences, scores, written.prompt_length, len(prompts))
+        return trie_scores(found, self._space.embeddings[self._space.title_of], self._trie.title_of)
+
+
+def _decoder(model: ClientModel) -> CausalLM:
+    if not isinstance(model.backbone, CausalLM):
+        raise ConfigError(
+            f"the backbone {model.backbone.name!r} writes no titles", cure="Use backbone.name: causal_lm."
+        )
+    return model.backbone

@@ -1,0 +1,136 @@
+"""Local training: one client, its own samples, one server round."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pplr.backbones.adapters import AdapterState
+from pplr.backbones.batching import bucketed_batches
+from pplr.config import TrainingConfig
+from pplr.errors import FederationError
+from pplr.seeds import derive_seed
+from pplr.stages.model import ClientModel
+from pplr.stages.optimizer import LocalObjective
+
+__all__ = ["LocalResult", "evaluation_loss", "steps_per_round", "train_locally"]
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What one round of local training did.
+
+    Args:
+        samples: Samples seen, each epoch anew.
+        steps: Optimizer steps.
+        tokens: Tokens through the model, without padding.
+        targets: Answer tokens.
+        loss: Mean loss per answer token over the round, in nats.
+        seconds: Wall-clock time.
+    """
+
+    samples: int
+    steps: int
+    tokens: int
+    targets: int
+    loss: float
+    seconds: float
+
+
+def steps_per_round(samples: int, config: TrainingConfig) -> int:
+    """Optimizer steps that one client takes in one server round."""
+    return config.local_epochs * math.ceil(samples / config.batch_size)
+
+
+def train_locally(
+    model: ClientModel,
+    encoded: Sequence[Any],
+    config: TrainingConfig,
+    *,
+    client: str,
+    server_round: int,
+    rounds: int,
+    seed: int,
+    objective: LocalObjective | None = None,
+    anchor: AdapterState | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> LocalResult:
+    """Train a client's adapter on its own samples for one server round.
+
+    The loss of a batch is the mean over its answer tokens, however it is divided into micro-batches. The order of
+    the samples and every dropout mask follow from the seed, the client, the round and the step alone.
+
+    Args:
+        model: The client's model.
+        encoded: Its encoded samples.
+        config: Batches, epochs, rate.
+        client: Its name.
+        server_round: Counted from 0.
+        rounds: Server rounds of the whole run, for the schedule.
+        seed: The run's seed.
+        objective: What is minimised besides the loss.
+        anchor: The adapter that a proximal term pulls towards.
+        advance: Told the number of samples done.
+
+    Raises:
+        FederationError: The client has no samples, or its loss is not finite.
+    """
+    if not encoded:
+        raise FederationError(
+            f"client {client} has no training samples", cure="Use another partition or fewer federation.clients."
+        )
+    started = time.perf_counter()
+    lengths = [model.backbone.length(sample) for sample in encoded]
+    horizon = 1 if config.optimizer_state == "reset" else rounds
+    model.begin_round(steps_per_round(len(encoded), config) * horizon, objective, anchor)
+    samples = steps = tokens = targets = 0
+    total_loss = 0.0
+    try:
+        for epoch in range(config.local_epochs):
+            for positions in bucketed_batches(lengths, config.batch_size, seed, client, server_round, epoch):
+                micro = config.micro_batch_size or len(positions)
+                parts = [
+                    model.backbone.collate([encoded[i] for i in positions[start : start + micro]])
+                    for start in range(0, len(positions), micro)
+                ]
+                wanted = sum(part.targets for part in parts)
+                batch_loss = 0.0
+                for number, part in enumerate(parts):
+                    dropout_seed = derive_seed(seed, "dropout", client, server_round, steps, number)
+                    loss = model.train_loss(part, dropout_seed)
+                    (loss / wanted).backward()
+                    batch_loss += float(loss.detach())
+                    tokens += part.tokens
+                if not math.isfinite(batch_loss):
+                    raise FederationError(
+                        f"the loss of client {client} is {batch_loss} at step {steps + 1} of server round "
+                        f"{server_round + 1}",
+                        cure="Lower training.learning_rate or set training.clip_norm.",
+                    )
+                model.optimizer_step(config.clip_norm)
+                total_loss += batch_loss
+                targets += wanted
+                samples += len(positions)
+                steps += 1
+                advance(len(positions))
+    except BaseException:
+        if model.transport is not None:
+            model.transport.discard()
+        raise
+    finally:
+        model.end_round()
+    return LocalResult(samples, steps, tokens, targets, total_loss / targets, time.perf_counter() - started)
+
+
+def evaluation_loss(model: ClientModel, encoded: Sequence[Any], batch_size: int) -> float | None:
+    """Mean loss per answer token, in nats, without training; ``None`` when there is nothing to measure on."""
+    order = sorted(range(len(encoded)), key=lambda i: model.backbone.length(encoded[i]))
+    total, targets = 0.0, 0
+    for start in range(0, len(order), batch_size):
+        batch = model.backbone.collate([encoded[i] for i in order[start : start + batch_size]])
+        total += float(model.evaluation_loss(batch))
+        targets += batch.targets
+    return total / targets if targets else None

@@ -1,0 +1,1 @@
+"""Where a run happens: everything in this process, or across machines."""

@@ -1,0 +1,196 @@
+"""From a configuration to the parts of a run: data, clients, model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from pplr.backbones.adapters import AdapterState
+from pplr.backbones.base import Backbone, load_backbone
+from pplr.config import Config
+from pplr.data.holdout import Holdout, make_holdout
+from pplr.data.interactions import Dataset
+from pplr.data.partition import Partition, make_partition
+from pplr.data.prompts import Case, Sample, draw_cases, draw_samples, evaluation_cases, training_samples
+from pplr.data.sources import load_dataset
+from pplr.errors import ConfigError, PartitionError, nearest
+from pplr.federation.client import FederatedClient, Validate
+from pplr.federation.methods import make_method
+from pplr.federation.rounds import Federation
+from pplr.progress import Progress
+from pplr.recommend.evaluation import Ranker, evaluate
+from pplr.recommend.generative import GenerativeRanker, TitleSpace
+from pplr.recommend.metrics import ranking_metrics
+from pplr.recommend.training import evaluation_loss
+from pplr.seeds import derive_seed
+from pplr.stages.cut import CutPlan
+from pplr.stages.model import ClientModel, CutModel
+
+__all__ = ["POOLED", "Assembly", "RunData", "load_run_data"]
+
+POOLED = "pooled"
+"""Name of the one trainer of a centralized run."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run, held out and shared among clients.
+
+    Args:
+        dataset: Cleaned interactions and catalog.
+        holdout: Train, validation and test.
+        partition: Users of each client.
+        samples: Training samples of each client, by name.
+        validation: Validation cases of each client, by name.
+        test: Test cases of each client, by name.
+        left_out: Users that have no test case.
+    """
+
+    dataset: Dataset
+    holdout: Holdout
+    partition: Partition
+    samples: Mapping[str, Sequence[Sample]]
+    validation: Mapping[str, Sequence[Case]]
+    test: Mapping[str, Sequence[Case]]
+    left_out: int
+
+    def client_of(self, user: int) -> str:
+        """Name the client that holds a user."""
+        for name, users in zip(self.partition.names, self.partition.users, strict=True):
+            if user in users:
+                return name
+        raise PartitionError(f"user {user} belongs to no client", cure="Use a partition that covers all users.")
+
+
+def load_run_data(config: Config, notify: Callable[[str], None] = lambda _: None) -> RunData:
+    """Load, clean, hold out, share out and draw: everything about the data that a configuration says.
+
+    Raises:
+        DataError: The data cannot be used as it is.
+        PartitionError: A client would have no training samples.
+    """
+    dataset = load_dataset(config.data, notify=notify)
+    holdout = make_holdout(dataset, config.data.holdout)
+    seed, items = config.run.seed, config.data.history_items
+    partition = make_partition(dataset, holdout, config.data.partition, config.federation.clients, seed)
+    every = [training_samples(holdout, users.tolist(), items) for users in partition.users]
+    samples = draw_samples(every, config.training.samples, seed)
+    for name, own in zip(partition.names, samples, strict=True):
+        if not own:
+            raise PartitionError(
+                f"client {name} ({partition.labels[int(partition.names.index(name))]}) has no training samples",
+                cure="Lower federation.clients, or raise training.samples or data.partition.min_users.",
+            )
+    validation = [evaluation_cases(holdout, users.tolist(), "validation", items)[0] for users in partition.users]
+    if config.evaluation.validation_users is not None:
+        most = config.evaluation.validation_users
+        validation = [
+            draw_cases([own], most, derive_seed(seed, "validation", name))[0]
+            for name, own in zip(partition.names, validation, strict=True)
+        ]
+    tests = [evaluation_cases(holdout, users.tolist(), "test", items) for users in partition.users]
+    test = draw_cases([cases for cases, _ in tests], config.evaluation.test_users, derive_seed(seed, "test"))
+    names = partition.names
+    return RunData(
+        dataset=dataset,
+        holdout=holdout,
+        partition=partition,
+        samples=dict(zip(names, samples, strict=True)),
+        validation=dict(zip(names, validation, strict=True)),
+        test=dict(zip(names, test, strict=True)),
+        left_out=sum(count for _, count in tests),
+    )
+
+
+class Assembly:
+    """The parts of a run, with one frozen base for all clients.
+
+    Args:
+        config: The run's configuration.
+        progress: Told of every step.
+        backbone: A loaded backbone, to share one between runs; loaded by the configuration when absent.
+    """
+
+    def __init__(self, config: Config, progress: Progress, backbone: Backbone | None = None) -> None:
+        self.config = config
+        self.progress = progress
+        self.method = make_method(config.federation)
+        self._check_metric()
+        if config.runtime.threads is not None:
+            torch.set_num_threads(config.runtime.threads)
+        self.data = load_run_data(config, progress.note)
+        self.backbone = backbone or load_backbone(config.backbone, progress.note)
+        self.plan = CutPlan.make(config.cut, self.backbone.total_layers)
+        self.model = CutModel(self.backbone, self.plan, config.adapter, config.training)
+        self.initial: AdapterState = self.model.initial_adapter(config.run.seed)
+
+    def _check_metric(self) -> None:
+        metric = self.config.evaluation.validation_metric
+        known = ["loss", *ranking_metrics([1], self.config.evaluation.cutoffs)]
+        if metric not in known:
+            raise ConfigError(f"evaluation.validation_metric: {metric!r} is not measured", cure=nearest(metric, known))
+
+    @cached_property
+    def space(self) -> TitleSpace:
+        """The catalog's titles, embedded by the base model through a client of no data."""
+        reader = self.model.client("title embeddings", self.initial)
+        with self.progress.task("embedding titles", len(self.data.dataset.catalog.by_title), "titles") as advance:
+            return TitleSpace.build(reader, self.data.dataset.catalog, advance)
+
+    def ranker(self, model: ClientModel) -> Ranker:
+        """Make the ranker of one client's model."""
+        return GenerativeRanker(model, self.space, self.config.evaluation, history_items=self.config.data.history_items)
+
+    def federation(self) -> Federation:
+        """Admit every client with the one initial adapter, its encoded samples and its validation."""
+        names = (POOLED,) if self.method.pooled else self.data.partition.names
+        clients = []
+        for name in names:
+            personal = self.model.client(f"{name} personal", self.initial) if self.method.personal else None
+            clients.append(
+                FederatedClient(
+                    name,
+                    self._encode(self._samples(name)),
+                    self.model.client(name, self.initial),
+                    self._validation(name),
+                    personal,
+                )
+            )
+        return Federation(clients, self.method, self.initial)
+
+    def serving(self, federation: Federation) -> dict[str, FederatedClient]:
+        """Say which trainer serves each client of the partition."""
+        trainers = {client.name: client for client in federation.clients}
+        return {name: trainers[POOLED if self.method.pooled else name] for name in self.data.partition.names}
+
+    def _samples(self, name: str) -> Sequence[Sample]:
+        if name == POOLED:
+            return [sample for own in self.data.samples.values() for sample in own]
+        return self.data.samples[name]
+
+    def _cases(self, name: str) -> Sequence[Case]:
+        if name == POOLED:
+            return [case for own in self.data.validation.values() for case in own]
+        return self.data.validation[name]
+
+    def _encode(self, samples: Sequence[Sample]) -> list[Any]:
+        return self.backbone.encode(samples, self.data.dataset.catalog, self.config.data.history_items)
+
+    def _validation(self, name: str) -> Validate:
+        """Make the function that measures a client: the loss on its validation targets, or rankings."""
+        cases = self._cases(name)
+        if self.config.evaluation.validation_metric == "loss":
+            encoded = self._encode([Sample(c.user, c.history, target) for c in cases for target in c.targets])
+            size = self.config.evaluation.batch_size
+            return lambda model: {"loss": evaluation_loss(model, encoded, size)}
+
+        def rank(model: ClientModel) -> Mapping[str, float | None]:
+            settings = self.config.evaluation
+            found = evaluate(self.ranker(model), {name: cases}, settings.cutoffs, settings.batch_size)
+            return found.overall()
+
+        return rank

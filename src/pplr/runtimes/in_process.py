@@ -1,0 +1,277 @@
+"""The reference runtime: all clients and the server in this process, no network, no serialisation."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from pplr.backbones.adapters import check_adapter, load_adapter, save_adapter
+from pplr.backbones.base import Backbone
+from pplr.config import Config, load_config
+from pplr.errors import CheckpointError, RunError
+from pplr.federation.checkpoints import CheckpointStore
+from pplr.federation.rounds import Federation, restore_checkpoint, run_rounds
+from pplr.progress import Progress, Silent
+from pplr.recommend.evaluation import Evaluation, Ranker, evaluate
+from pplr.recommend.floors import fit_floor
+from pplr.runtimes.assembly import Assembly
+from pplr.runtimes.run import Run
+from pplr.storage import storage_errors, write_atomic, write_json
+
+__all__ = ["evaluate_run", "train"]
+
+
+def train(
+    config: Config,
+    run_dir: str | Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    backbone: Backbone | None = None,
+) -> Run:
+    """Train a federation, keep each client's best adapter, and measure them on the test cases.
+
+    Args:
+        config: The run.
+        run_dir: The run folder; made when absent.
+        resume: Go on from the newest whole checkpoint. The adapters end with the same bytes as those of a run that
+            was never stopped.
+        progress: Told of every step.
+        backbone: A loaded backbone, to share one between runs.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        RunError: The folder holds a run already, or one of another configuration, or is in use.
+        PplrError: Whatever else keeps the run from being carried out.
+    """
+    folder, progress = Path(run_dir), progress or Silent()
+    started = time.perf_counter()
+    with _claimed(folder, config, resume=resume):
+        assembly = Assembly(config, progress, backbone)
+        federation = assembly.federation()
+        _write_provenance(folder, assembly)
+        store = CheckpointStore(folder / "checkpoints", keep=config.run.checkpoints, warn=progress.note)
+        if resume and (checkpoint := store.newest()) is not None:
+            restore_checkpoint(federation, checkpoint)
+            progress.note(f"going on after server round {federation.next_round} of {config.federation.rounds}")
+        writer = _RoundWriter(federation, folder, progress)
+        writer.write()
+        run_rounds(federation, config, store, writer, folder)
+        _export(federation, assembly, store, folder)
+        run = Run(folder, config, assembly)
+        evaluate_run(run, progress, started=started)
+        return run
+
+
+class _RoundWriter:
+    """Hears every server round, and writes ``rounds.jsonl`` before passing it on."""
+
+    def __init__(self, federation: Federation, folder: Path, progress: Progress) -> None:
+        self._federation, self._path, self._progress = federation, folder / "rounds.jsonl", progress
+        self.note, self.task = progress.note, progress.task
+
+    def write(self) -> None:
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in self._federation.records)
+        write_atomic(self._path, lines.encode())
+
+    def server_round(self, record: Mapping[str, Any]) -> None:
+        self.write()
+        self._progress.server_round(record)
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path, config: Config, *, resume: bool) -> Iterator[None]:
+    """Claim a run folder for this process, and refuse one that holds something else."""
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(
+                f"another process is writing {folder}", cure="Wait for it, or choose another --run-dir."
+            ) from None
+        path = folder / "config.yaml"
+        if path.exists():
+            before = load_config(path)
+            if before != config:
+                raise RunError(
+                    f"{folder} holds a run of another configuration ({_first_difference(before, config)})",
+                    cure="Choose another --run-dir.",
+                )
+            if not resume:
+                raise RunError(
+                    f"{folder} holds this run already", cure="Go on with --resume, or choose another --run-dir."
+                )
+        elif others := [p.name for p in folder.iterdir() if p.name != ".lock"]:
+            raise RunError(
+                f"{folder} is not empty and is not a run folder (it holds {sorted(others)[0]})",
+                cure="Choose another --run-dir.",
+            )
+        else:
+            write_atomic(path, config.to_yaml().encode())
+        yield
+
+
+def _first_difference(before: Config, after: Config) -> str:
+    def walk(a: Any, b: Any, place: str) -> str | None:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in a:
+                if found := walk(a[key], b.get(key), f"{place}.{key}".strip(".")):
+                    return found
+            return None
+        return f"{place} is {a} there and {b} here" if a != b else None
+
+    return walk(before.model_dump(mode="json"), after.model_dump(mode="json"), "") or "the same fields"
+
+
+def _write_provenance(folder: Path, assembly: Assembly) -> None:
+    import numpy
+    import peft
+    import transformers
+
+    import pplr
+
+    data = assembly.data
+    content = {
+        "seed": assembly.config.run.seed,
+        "versions": {
+            "pplr": pplr.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+            "numpy": numpy.__version__,
+        },
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+        "data": {
+            "source": data.dataset.name,
+            "users": len(data.dataset.user_ids),
+            "items": len(data.dataset.catalog),
+            "interactions": len(data.dataset.interactions),
+            "users_without_test_case": data.left_out,
+            "cleaning": list(data.dataset.notes),
+        },
+        "catalog_sha256": data.dataset.catalog.sha256,
+        "holdout_sha256": data.holdout.sha256,
+        "partition_sha256": data.partition.sha256,
+        "model_sha256": assembly.backbone.fingerprint(),
+        "clients": dict(zip(data.partition.names, data.partition.labels, strict=True)),
+    }
+    write_json(folder / "provenance.json", content)
+
+
+def _export(federation: Federation, assembly: Assembly, store: CheckpointStore, folder: Path) -> None:
+    """Write each client's best adapter in PEFT's form."""
+    checkpoint = store.newest()
+    if checkpoint is None:
+        raise CheckpointError("the run has no checkpoint", cure="Start again with another --run-dir.")
+    config = assembly.config
+    for name, trainer in assembly.serving(federation).items():
+        state = load_file(checkpoint.folder / f"best-{trainer.name}.safetensors")
+        save_adapter(dict(state), folder / "clients" / name, config.adapter, config.backbone.model)
+
+
+def evaluate_run(run: Run, progress: Progress, *, started: float | None = None) -> dict[str, Any]:
+    """Measure the saved adapters, the floors and, if asked, the initial adapter; write ``metrics.json``.
+
+    Args:
+        run: A run whose adapters are saved.
+        progress: Told of every step.
+        started: When the run began, for its total time; measured in the run itself only.
+
+    Returns:
+        The content of ``metrics.json``.
+    """
+    assembly, config, settings = run.assembly(progress), run.config, run.config.evaluation
+    data = assembly.data
+    began = time.perf_counter()
+    readers: dict[str, Ranker] = {}
+    for name in data.partition.names:
+        adapter = load_adapter(run.folder / "clients" / name)
+        check_adapter(adapter, assembly.model.shapes, whose=f"the saved adapter of client {name}")
+        readers[name] = assembly.ranker(assembly.model.client(f"test {name}", adapter))
+
+    def measure(label: str, rankers: Mapping[str, Ranker] | Ranker) -> Evaluation:
+        with progress.task(label, sum(map(len, data.test.values())), "users") as advance:
+            return evaluate(rankers, data.test, settings.cutoffs, settings.batch_size, advance)
+
+    found = {}
+    if settings.before:
+        initial = assembly.ranker(assembly.model.client("test initial", assembly.initial))
+        found["before"] = measure("testing the initial adapter", initial)
+    found["test"] = measure("testing each client's adapter", readers)
+    items = len(data.dataset.catalog)
+    for floor in settings.floors:
+        found[floor] = measure(f"testing {floor}", fit_floor(floor, data.holdout, items, config.run.seed))
+    for name in data.partition.names:
+        assembly.model.dismiss(f"test {name}")
+    assembly.model.dismiss("test initial")
+    seconds = time.perf_counter() - began
+    write_json(run.folder / "evaluation.json", {name: part.to_dict() for name, part in found.items()})
+    metrics = _metrics(run, assembly, found)
+    total = None if started is None else time.perf_counter() - started
+    before = run.metrics
+    if total is None and before is not None:
+        total = before["seconds"]["total"]
+    metrics["seconds"] = {"total": total, "train": _trained(run)["seconds"], "evaluate": seconds}
+    write_json(run.folder / "metrics.json", metrics)
+    return metrics
+
+
+def _trained(run: Run) -> dict[str, float | None]:
+    """Add up what the rounds recorded."""
+    rows = [client for record in run.rounds for client in record["clients"].values() if client.get("samples")]
+    seconds = sum(row["seconds"] for row in rows)
+    return {
+        "seconds": seconds if rows else None,
+        "samples_per_second": sum(row["samples"] for row in rows) / seconds if seconds else None,
+        "bytes_up": sum(row["bytes_up"] for row in rows) if rows else None,
+        "bytes_down": sum(row["bytes_down"] for row in rows) if rows else None,
+    }
+
+
+def _metrics(run: Run, assembly: Assembly, found: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """Put the content of ``metrics.json`` together; what was not measured is ``None``."""
+    config, test = run.config, found["test"]
+    trained = _trained(run)
+    client_bytes, server_bytes = assembly.model.stored_bytes()
+    plan = assembly.plan
+    cut = None
+    if not plan.is_whole:
+        cut = {
+            "input_layers": plan.input_layers,
+            "output_layers": plan.output_layers,
+            "total_layers": plan.total_layers,
+        }
+    content: dict[str, Any] = {
+        "method": config.federation.method,
+        "backbone": config.backbone.name,
+        "cut": cut,
+        "overall": test.overall(),
+        "clients": test.by_client(),
+        "spread": test.spread(),
+        "floors": {name: found[name].overall() for name in config.evaluation.floors},
+    }
+    if "before" in found:
+        content["before"] = {"overall": found["before"].overall(), "clients": found["before"].by_client()}
+    unmeasured = {"peak_rss_bytes": None, "train_flops": None}  # one process holds both sides
+    content["cost"] = {
+        "client": {"stored_bytes": client_bytes} | unmeasured,
+        "server": {"stored_bytes": server_bytes} | unmeasured,
+        "wire": {"bytes_up": trained["bytes_up"], "bytes_down": trained["bytes_down"]},
+    }
+    content["samples_per_second"] = trained["samples_per_second"]
+    return content

@@ -1,0 +1,217 @@
+"""A run folder: what it holds, and what can be asked of it when it is finished."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pplr.config import Config, load_config
+from pplr.errors import ConfigError, DataError, PartitionError, RunError, nearest
+from pplr.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from pplr.recommend.evaluation import Evaluation
+    from pplr.runtimes.assembly import Assembly
+
+__all__ = ["Recommendation", "Run", "open_run"]
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One recommended item.
+
+    Args:
+        rank: From 1.
+        item_id: The item's id.
+        title: Its title.
+        score: Higher is better; comparable within one list only.
+    """
+
+    rank: int
+    item_id: str
+    title: str
+    score: float
+
+
+class Run:
+    """A run folder.
+
+    Args:
+        folder: Where it lies.
+        config: The resolved configuration it was made with.
+        assembly: The parts of the run, when they are loaded already.
+    """
+
+    def __init__(self, folder: Path, config: Config, assembly: Assembly | None = None) -> None:
+        self.folder = folder
+        self.config = config
+        self._assembled = assembly
+
+    @property
+    def metrics(self) -> dict[str, Any] | None:
+        """The content of ``metrics.json``; ``None`` while the run is not finished."""
+        return self._json("metrics.json") if (self.folder / "metrics.json").exists() else None
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """The content of ``provenance.json``."""
+        return self._json("provenance.json")
+
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        """One record for each finished server round."""
+        path = self.folder / "rounds.jsonl"
+        if not path.exists():
+            return []
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except ValueError as error:
+            raise RunError(f"{path} is damaged: {error}", cure="Go on with --resume to write it again.") from None
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError:
+            raise RunError(f"no {name} in {self.folder}", cure="Train the run to its end with --resume.") from None
+        except ValueError as error:
+            raise RunError(f"{path} is damaged: {error}", cure="Go on with --resume to write it again.") from None
+        return dict(content)
+
+    def evaluation(self, part: str = "test") -> Evaluation:
+        """Read each tested user's metrics.
+
+        Args:
+            part: ``test``, ``before`` (the initial adapter) or a floor's name.
+
+        Raises:
+            RunError: The run did not measure it.
+        """
+        from pplr.recommend.evaluation import Evaluation
+
+        content = self._json("evaluation.json")
+        if part not in content:
+            raise RunError(f"{self.folder} has no evaluation {part!r}", cure=nearest(part, content))
+        return Evaluation.from_dict(content[part])
+
+    # -- asking the model -------------------------------------------------------------------------------------
+
+    def assembly(self, progress: Progress | None = None) -> Assembly:
+        """Load the data and the model, once."""
+        if self._assembled is None:
+            from pplr.runtimes.assembly import Assembly
+
+            self._assembled = Assembly(self.config, progress or Silent())
+        return self._assembled
+
+    def history_titles(self, user: str) -> list[str]:
+        """Return the titles of everything a user did, oldest first."""
+        dataset = self.assembly().data.dataset
+        return [dataset.catalog.titles[item] for item in dataset.histories[dataset.user(user)]]
+
+    def recommend(
+        self,
+        client: str | None = None,
+        *,
+        user: str | None = None,
+        history: Sequence[str] | None = None,
+        count: int = 10,
+        progress: Progress | None = None,
+    ) -> list[Recommendation]:
+        """Recommend items that are not in a history, by one client's adapter.
+
+        Args:
+            client: Whose adapter; the user's own client when absent.
+            user: A user of that client. The history is everything the data knows of the user, test items too.
+            history: Titles instead of a user, oldest first.
+            count: Most items to return.
+            progress: Told of every step.
+
+        Returns:
+            The best items first; items of one title stay in catalog order.
+
+        Raises:
+            ConfigError: Neither or both of ``user`` and ``history`` are given, or no client is named.
+            UnknownItemError: No item has a title, or there is no such user; the nearest is named.
+            PartitionError: There is no such client, or the user is another client's.
+        """
+        from pplr.backbones.adapters import check_adapter, load_adapter
+        from pplr.data.prompts import Case
+
+        if (user is None) == (history is None):
+            raise ConfigError("give either a user or a history", cure="Use --user U or --history 'A; B; C'.")
+        if count < 1:
+            raise ConfigError(f"{count} items are to be recommended", cure="Ask for at least one.")
+        parts = self.assembly(progress)
+        catalog = parts.data.dataset.catalog
+        names = parts.data.partition.names
+        if client is not None and client not in names:
+            raise PartitionError(f"the run has no client {client!r}", cure=nearest(client, names))
+        number = -1
+        if user is not None:
+            number = parts.data.dataset.user(user)
+            own = parts.data.client_of(number)
+            if client is not None and client != own:
+                raise PartitionError(
+                    f"user {user!r} is a user of client {own}, not of client {client}", cure=f"Use --client {own}."
+                )
+            client = own
+            items = [int(item) for item in parts.data.dataset.histories[number]]
+        else:
+            items = [item for title in history or () for item in catalog.find(title)[:1]]
+        if client is None:
+            raise ConfigError("no client is named", cure=f"Use --client with one of: {', '.join(names)}.")
+        if not items:
+            raise DataError("the history is empty", cure="Give at least one title.")
+        adapter = load_adapter(self.folder / "clients" / client)
+        check_adapter(adapter, parts.model.shapes, whose=f"the saved adapter of client {client}")
+        model = self._reader
+        model.set_adapter(adapter)
+        seen = tuple(dict.fromkeys(items))
+        if history is not None:  # every item of a typed title counts as seen
+            seen = tuple(dict.fromkeys(item for title in history for item in catalog.find(title)))
+        newest = tuple(items[-self.config.data.history_items :])
+        scores = parts.ranker(model).scores([Case(number, newest, (), seen)])[0].astype(np.float64)
+        scores[list(seen)] = -np.inf
+        order = np.argsort(-scores, kind="stable")[:count]
+        return [
+            Recommendation(rank, catalog.item_ids[item], catalog.titles[item], float(scores[item]))
+            for rank, item in enumerate((int(i) for i in order if np.isfinite(scores[i])), start=1)
+        ]
+
+    @cached_property
+    def _reader(self) -> Any:
+        parts = self.assembly()
+        return parts.model.client("recommend", parts.initial)
+
+    def evaluate(self, progress: Progress | None = None) -> dict[str, Any]:
+        """Measure the saved adapters again, on the run's test cases, and write ``metrics.json``."""
+        from pplr.runtimes.in_process import evaluate_run
+
+        return evaluate_run(self, progress or Silent())
+
+
+def open_run(folder: str | Path) -> Run:
+    """Open a run folder.
+
+    Raises:
+        RunError: It is not one.
+    """
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise RunError(
+            f"{folder} is not a run folder: it has no config.yaml", cure="Give a folder that `pplr train` made."
+        )
+    try:
+        return Run(folder, load_config(folder / "config.yaml"))
+    except ConfigError as error:
+        raise RunError(
+            f"{folder} was made with a configuration that cannot be read ({error.message})",
+            cure="Use the version of pplr that made it, or mend its config.yaml.",
+        ) from error

@@ -1,0 +1,257 @@
+"""The model as a client sees it: its own two stages, and between them a way to the middle one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pplr.backbones.adapters import AdapterState, check_adapter, initial_adapter, natural_order
+from pplr.backbones.base import Backbone, Batch
+from pplr.config import AdapterConfig, TrainingConfig
+from pplr.errors import CheckpointError
+from pplr.stages.boundary import Crossing
+from pplr.stages.cut import CutPlan
+from pplr.stages.host import StageHost
+from pplr.stages.optimizer import LocalObjective
+from pplr.stages.stage import Member, Stage, StageCall
+from pplr.stages.transport import LocalTransport, Traffic, Transport
+
+__all__ = ["ClientModel", "CutModel", "GenerationCache"]
+
+
+class CutModel:
+    """One frozen base, cut by a plan, that any number of clients in this process share.
+
+    Args:
+        backbone: The base.
+        plan: The cut.
+        adapter: LoRA's settings.
+        training: The optimizer's settings.
+    """
+
+    def __init__(self, backbone: Backbone, plan: CutPlan, adapter: AdapterConfig, training: TrainingConfig) -> None:
+        self.backbone = backbone
+        self.plan = plan
+        self.training = training
+        self.input = Stage(backbone, plan.input, adapter)
+        self.output = Stage(backbone, plan.output, adapter)
+        self.host = None if plan.is_whole else StageHost(backbone, plan, adapter, training)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every LoRA tensor of all stages, in natural order."""
+        found = self.input.shapes | self.output.shapes
+        if self.host is not None:
+            found |= self.host.stage.shapes
+        return {name: found[name] for name in natural_order(found)}
+
+    def initial_adapter(self, seed: int) -> AdapterState:
+        """Draw the one adapter that every client starts from; the same for every cut."""
+        return initial_adapter(self.shapes, seed)
+
+    def client(self, name: str, initial: Mapping[str, Tensor]) -> ClientModel:
+        """Admit a client: it costs an adapter and an optimizer, and no copy of the base."""
+        check_adapter(initial, self.shapes, whose=f"client {name}'s initial adapter")
+        transport = None
+        if self.host is not None:
+            self.host.admit(name, initial)
+            transport = LocalTransport(self.host, name)
+        return ClientModel(self.input, self.output, transport, initial, self.training)
+
+    def dismiss(self, name: str) -> None:
+        """Let go of what the server's side keeps for a client, if it was ever admitted."""
+        if self.host is not None:
+            self.host.dismiss(name)
+
+    def stored_bytes(self) -> tuple[int, int]:
+        """Bytes of frozen tensors on the client's side and on the server's."""
+        client = self.backbone.client_bytes() + self.input.stored_bytes() + self.output.stored_bytes()
+        return client, 0 if self.host is None else self.host.stage.stored_bytes()
+
+
+@dataclass
+class GenerationCache:
+    """Keys and values of one generation, in every stage.
+
+    Args:
+        input: Of the input stage.
+        middle: Number of the open cache behind the transport.
+        output: Of the output stage.
+    """
+
+    input: Any
+    middle: int | None
+    output: Any
+
+
+class ClientModel:
+    """One client's model: embeddings, input stage, transport, output stage, and its adapter in all of them.
+
+    Args:
+        input_stage: The first blocks, shared by the clients of a process.
+        output_stage: The last blocks, shared likewise.
+        transport: The way to the middle blocks; ``None`` when the model is not cut.
+        initial: The adapter to start from.
+        training: The optimizer's settings.
+    """
+
+    def __init__(
+        self,
+        input_stage: Stage,
+        output_stage: Stage,
+        transport: Transport | None,
+        initial: Mapping[str, Tensor],
+        training: TrainingConfig,
+    ) -> None:
+        self.backbone = input_stage.backbone
+        self.transport = transport
+        self._stages = (input_stage, output_stage)
+        self._members = tuple(Member(stage, initial, training) for stage in self._stages)
+        self._step = 0
+
+    @property
+    def traffic(self) -> Traffic:
+        """What crossed the cut so far."""
+        return Traffic() if self.transport is None else self.transport.traffic.reading()
+
+    # -- whole sequences --------------------------------------------------------------------------------------
+
+    def train_loss(self, batch: Batch, dropout_seed: int) -> Tensor:
+        """Sum the loss over a batch's targets, ready for ``backward``, which crosses the cut again."""
+        states = self.backbone.embed(batch.input_ids)  # (B, T) -> (B, T, D)
+        call = StageCall(dropout_seed=dropout_seed)
+        states = self._stages[0].run(self._members[0], states, call)
+        if self.transport is not None:
+            if not states.requires_grad:
+                states = states.detach().requires_grad_(True)
+            self._step += 1
+            states = Crossing.apply(states, batch.lengths, self.transport, call, self._step)
+        states = self._stages[1].run(self._members[1], states, call)
+        return self.backbone.loss(states, batch)
+
+    @torch.no_grad()
+    def hidden_states(self, batch: Batch, *, adapter: bool = True) -> Tensor:
+        """Run a batch without keeping anything: (B, T) -> (B, T, D), before the final norm.
+
+        Args:
+            batch: Padded on the right.
+            adapter: Whether the adapter takes part; without it these are the base model's states.
+        """
+        call = StageCall(adapter=adapter)
+        states = self._stages[0].run(self._members[0], self.backbone.embed(batch.input_ids), call)
+        if self.transport is not None:
+            states = self.transport.forward(states, batch.lengths, call, keep_as=None)
+        return self._stages[1].run(self._members[1], states, call)
+
+    @torch.no_grad()
+    def evaluation_loss(self, batch: Batch) -> Tensor:
+        """Sum the loss over a batch's targets, without gradients or dropout."""
+        return self.backbone.loss(self.hidden_states(batch), batch)
+
+    # -- token by token ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def generation(self) -> Iterator[GenerationCache]:
+        """Open caches in every stage for one generation, and close them whatever happens."""
+        middle = None if self.transport is None else self.transport.open_cache()
+        caches = [self.backbone.new_cache(stage.blocks) for stage in self._stages]
+        try:
+            yield GenerationCache(caches[0], middle, caches[1])
+        finally:
+            if self.transport is not None and middle is not None:
+                self.transport.close_cache(middle)
+
+    @torch.no_grad()
+    def decode(self, input_ids: Tensor, call: StageCall, cache: GenerationCache) -> Tensor:
+        """Run new tokens after what the caches hold: (B, T) -> (B, T, D), before the final norm."""
+        states = self._stages[0].run(self._members[0], self.backbone.embed(input_ids), call, cache.input)
+        if self.transport is not None and cache.middle is not None:
+            states = self.transport.decode(states, call, cache.middle)
+        return self._stages[1].run(self._members[1], states, call, cache.output)
+
+    def reorder(self, cache: GenerationCache, rows: Tensor) -> None:
+        """Keep the given rows of every cache, in the given order."""
+        for stage, own in zip(self._stages, (cache.input, cache.output), strict=True):
+            if len(stage.span) > 0:
+                own.reorder_cache(rows)
+        if self.transport is not None and cache.middle is not None:
+            self.transport.reorder_cache(cache.middle, rows)
+
+    # -- optimizer, over all stages together ------------------------------------------------------------------
+
+    def begin_round(
+        self, total_steps: int, objective: LocalObjective | None = None, anchor: AdapterState | None = None
+    ) -> None:
+        """Prepare a round of local training; see :class:`StageOptimizer`."""
+        objective = objective or LocalObjective()
+        for member in self._members:
+            member.optimizer.begin_round(total_steps, objective, anchor)
+        if self.transport is not None:
+            self.transport.begin_round(total_steps, objective, anchor)
+
+    def optimizer_step(self, clip_norm: float | None) -> float:
+        """Clip by the global norm over all stages and step each of them once.
+
+        Returns:
+            The gradient norm before clipping.
+        """
+        squared = sum(member.optimizer.gradient_norm_squared() for member in self._members)
+        if self.transport is not None:
+            squared += self.transport.gradient_norm_squared()
+        norm = float(squared**0.5)
+        scale = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
+        for member in self._members:
+            member.optimizer.step(scale)
+        if self.transport is not None:
+            self.transport.optimizer_step(scale)
+        return norm
+
+    def end_round(self) -> None:
+        """Let go of what only the round needed."""
+        for member in self._members:
+            member.optimizer.end_round()
+        if self.transport is not None:
+            self.transport.end_round()
+
+    # -- state ------------------------------------------------------------------------------------------------
+
+    def adapter(self) -> AdapterState:
+        """Return the LoRA tensors of all stages in natural order, without copying those of this process."""
+        state = {name: tensor for member in self._members for name, tensor in member.adapter().items()}
+        if self.transport is not None:
+            state |= self.transport.adapter()
+        return {name: state[name] for name in natural_order(state)}
+
+    def set_adapter(self, state: Mapping[str, Tensor]) -> None:
+        """Copy LoRA tensors into all stages."""
+        for member in self._members:
+            member.set_adapter(state)
+        if self.transport is not None:
+            self.transport.set_adapter(state)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Return the optimizer's state of all stages as flat tensors."""
+        flat: dict[str, Tensor] = {}
+        for member in self._members:
+            flat |= member.optimizer.state()
+        if self.transport is not None:
+            flat |= self.transport.optimizer_state()
+        return flat
+
+    def restore_optimizer(self, flat: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`optimizer_state` returned.
+
+        Raises:
+            CheckpointError: It has no step count.
+        """
+        if "steps" not in flat:
+            raise CheckpointError("the optimizer state has no step count", cure="Resume from an older checkpoint.")
+        for member in self._members:
+            member.optimizer.restore(flat)
+        if self.transport is not None:
+            self.transport.restore_optimizer(flat)

@@ -1,0 +1,98 @@
+"""A stage: a span of shared frozen blocks, in which one client's adapter is put at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pplr.backbones.adapters import AdapterSlots, AdapterState, inject_adapter
+from pplr.backbones.base import Backbone
+from pplr.config import AdapterConfig, TrainingConfig
+from pplr.stages.optimizer import StageOptimizer
+
+__all__ = ["Member", "Stage", "StageCall"]
+
+
+@dataclass(frozen=True)
+class StageCall:
+    """How a stage is to be run, apart from its hidden states.
+
+    Args:
+        attention_mask: (B, T_past + T), 0 where a token is padding; absent when padding is on the right only.
+        position_ids: (B, T); absent counts from 0.
+        dropout_seed: Seed of this pass's dropout masks; absent is evaluation.
+        adapter: Whether the adapter takes part; without it the stage is the base model's.
+    """
+
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    dropout_seed: int | None = None
+    adapter: bool = True
+
+
+class Stage:
+    """A span of blocks with room for one client's LoRA tensors at a time.
+
+    Args:
+        backbone: Whose blocks.
+        span: Which blocks, half-open like ``range``.
+        config: LoRA's settings.
+    """
+
+    def __init__(self, backbone: Backbone, span: range, config: AdapterConfig) -> None:
+        self.span = span
+        self.backbone = backbone
+        self.blocks = backbone.blocks(span)
+        self.slots: AdapterSlots = inject_adapter(self.blocks.layers, config, first_layer=span.start)
+        self.blocks.to(backbone.device)
+        self._bound: Member | None = None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every LoRA tensor of this stage."""
+        return self.slots.shapes
+
+    def stored_bytes(self) -> int:
+        """Bytes of the frozen tensors of this stage."""
+        return sum(p.nbytes for name, p in self.blocks.named_parameters() if "lora_" not in name)
+
+    def run(self, member: Member, hidden_states: Tensor, call: StageCall, cache: Any = None) -> Tensor:
+        """Run the blocks with one member's adapter: (B, T, D) -> (B, T, D)."""
+        if self._bound is not member:
+            self.slots.bind(member.parameters)
+            self._bound = member
+        self.slots.enable(call.adapter)
+        self.slots.reseed(call.dropout_seed)
+        return self.blocks(hidden_states, call.attention_mask, call.position_ids, cache)
+
+
+class Member:
+    """One client's part of a stage: its LoRA tensors and their optimizer.
+
+    Args:
+        stage: The stage it belongs to.
+        initial: The adapter to start from; only this stage's tensors are taken.
+        training: The optimizer's settings.
+    """
+
+    def __init__(self, stage: Stage, initial: Mapping[str, Tensor], training: TrainingConfig) -> None:
+        device = stage.backbone.device
+        self.parameters = {
+            name: nn.Parameter(initial[name].detach().to(device=device, dtype=torch.float32, copy=True))
+            for name in stage.shapes
+        }
+        self.optimizer = StageOptimizer(self.parameters, training)
+
+    def adapter(self) -> AdapterState:
+        """Return the LoRA tensors, without copying them."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def set_adapter(self, state: Mapping[str, Tensor]) -> None:
+        """Copy LoRA tensors in; tensors of other stages are passed over, tensors that are not given stay."""
+        with torch.no_grad():
+            for name in self.parameters.keys() & state.keys():
+                self.parameters[name].copy_(state[name])

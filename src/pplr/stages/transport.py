@@ -1,0 +1,174 @@
+"""What a client can ask of the side that hosts its middle stage, and the form of it that stays in the process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from pplr.backbones.adapters import AdapterState
+from pplr.stages.host import StageHost
+from pplr.stages.optimizer import LocalObjective
+from pplr.stages.stage import StageCall
+
+__all__ = ["LocalTransport", "Traffic", "Transport"]
+
+
+@dataclass
+class Traffic:
+    """Bytes of tensors that crossed the cut; padding does not count.
+
+    Args:
+        bytes_up: From the client to the server.
+        bytes_down: From the server to the client.
+    """
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def since(self, before: Traffic) -> Traffic:
+        """Return what crossed since an earlier reading."""
+        return Traffic(self.bytes_up - before.bytes_up, self.bytes_down - before.bytes_down)
+
+    def reading(self) -> Traffic:
+        """Return a copy that stands still."""
+        return Traffic(self.bytes_up, self.bytes_down)
+
+
+class Transport(Protocol):
+    """One client's way to its middle stage. Shapes are those of :class:`StageHost`."""
+
+    traffic: Traffic
+
+    def forward(self, hidden_states: Tensor, lengths: Tensor, call: StageCall, *, keep_as: int | None) -> Tensor:
+        """Run the middle stage; ``lengths`` (B,) says how many of the T states of each row are real."""
+
+    def backward(self, step: int, grad_hidden_states: Tensor, lengths: Tensor) -> Tensor:
+        """Send a gradient back through a kept forward pass."""
+
+    def discard(self) -> None:
+        """Let go of kept activations and caches, as after an error."""
+
+    def begin_round(self, total_steps: int, objective: LocalObjective, anchor: AdapterState | None) -> None:
+        """Prepare a round of local training."""
+
+    def gradient_norm_squared(self) -> float:
+        """Squared gradient norm of the middle adapter."""
+
+    def optimizer_step(self, scale: float) -> None:
+        """Step the middle optimizer once."""
+
+    def end_round(self) -> None:
+        """Let go of what only the round needed."""
+
+    def open_cache(self) -> int:
+        """Open a key-value cache in the middle stage."""
+
+    def decode(self, hidden_states: Tensor, call: StageCall, cache: int) -> Tensor:
+        """Run the middle stage and extend a cache."""
+
+    def reorder_cache(self, cache: int, rows: Tensor) -> None:
+        """Keep the given rows of a cache."""
+
+    def close_cache(self, cache: int) -> None:
+        """Let go of a cache."""
+
+    def adapter(self) -> AdapterState:
+        """Read the middle adapter."""
+
+    def set_adapter(self, state: Mapping[str, Tensor]) -> None:
+        """Write the middle adapter."""
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Read the middle optimizer's state."""
+
+    def restore_optimizer(self, state: Mapping[str, Tensor]) -> None:
+        """Write the middle optimizer's state."""
+
+
+class LocalTransport:
+    """Crosses the cut by a function call: nothing is serialised, but what would cross is counted.
+
+    Args:
+        host: The server's side.
+        client: The client that it carries calls for.
+    """
+
+    def __init__(self, host: StageHost, client: str) -> None:
+        self.traffic = Traffic()
+        self._host = host
+        self._client = client
+
+    def _count(self, states: Tensor, tokens: int, *, replies: bool = True) -> None:
+        crossed = tokens * states.shape[-1] * states.element_size()
+        self.traffic.bytes_up += crossed
+        if replies:
+            self.traffic.bytes_down += crossed
+
+    def forward(self, hidden_states: Tensor, lengths: Tensor, call: StageCall, *, keep_as: int | None) -> Tensor:
+        """Run the middle stage: (B, T, D) -> (B, T, D)."""
+        self._count(hidden_states, int(lengths.sum()))
+        return self._host.forward(self._client, hidden_states, call, keep_as=keep_as)
+
+    def backward(self, step: int, grad_hidden_states: Tensor, lengths: Tensor) -> Tensor:
+        """Send a gradient back: (B, T, D) -> (B, T, D)."""
+        self._count(grad_hidden_states, int(lengths.sum()))
+        return self._host.backward(self._client, step, grad_hidden_states)
+
+    def discard(self) -> None:
+        """Let go of kept activations and caches."""
+        self._host.discard(self._client)
+
+    def begin_round(self, total_steps: int, objective: LocalObjective, anchor: AdapterState | None) -> None:
+        """Prepare a round of local training."""
+        self._host.begin_round(self._client, total_steps, objective, anchor)
+
+    def gradient_norm_squared(self) -> float:
+        """Squared gradient norm of the middle adapter."""
+        return self._host.gradient_norm_squared(self._client)
+
+    def optimizer_step(self, scale: float) -> None:
+        """Step the middle optimizer once."""
+        self._host.optimizer_step(self._client, scale)
+
+    def end_round(self) -> None:
+        """Let go of what only the round needed."""
+        self._host.end_round(self._client)
+
+    def open_cache(self) -> int:
+        """Open a key-value cache in the middle stage."""
+        return self._host.open_cache(self._client)
+
+    def decode(self, hidden_states: Tensor, call: StageCall, cache: int) -> Tensor:
+        """Run the middle stage and extend a cache: (B, T, D) -> (B, T, D)."""
+        tokens = hidden_states.shape[0] * hidden_states.shape[1]
+        if hidden_states.shape[1] > 1 and call.attention_mask is not None:
+            tokens = int(call.attention_mask.sum())
+        self._count(hidden_states, tokens)
+        return self._host.decode(self._client, hidden_states, call, cache)
+
+    def reorder_cache(self, cache: int, rows: Tensor) -> None:
+        """Keep the given rows of a cache."""
+        self._host.reorder_cache(self._client, cache, rows)
+
+    def close_cache(self, cache: int) -> None:
+        """Let go of a cache."""
+        self._host.close_cache(self._client, cache)
+
+    def adapter(self) -> AdapterState:
+        """Read the middle adapter, without copying it."""
+        return self._host.adapter(self._client)
+
+    def set_adapter(self, state: Mapping[str, Tensor]) -> None:
+        """Write the middle adapter."""
+        self._host.set_adapter(self._client, state)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Read the middle optimizer's state."""
+        return self._host.optimizer_state(self._client)
+
+    def restore_optimizer(self, state: Mapping[str, Tensor]) -> None:
+        """Write the middle optimizer's state."""
+        self._host.restore_optimizer(self._client, state)

@@ -1,0 +1,454 @@
+"""Tiny models, a small catalog, and contracts with which what is built on pplr is tested in seconds.
+
+A new backbone or transport is tested by a class of three lines, which inherits every test of its contract:
+
+    class TestLocalTransport(TransportContract):
+        def connect(self, host, client):
+            return LocalTransport(host, client)
+"""
+# ruff: noqa: S101  (a contract is made of assertions)
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from pplr.backbones.adapters import AdapterState
+from pplr.backbones.base import BACKBONES, Backbone, Batch
+from pplr.backbones.causal_lm import CausalLM
+from pplr.config import AdapterConfig, TrainingConfig
+from pplr.data.interactions import Catalog
+from pplr.data.prompts import Sample
+from pplr.errors import PplrError, TransportError
+from pplr.stages.cut import CutPlan
+from pplr.stages.host import StageHost
+from pplr.stages.model import ClientModel, CutModel
+from pplr.stages.stage import StageCall
+from pplr.stages.transport import Traffic, Transport
+
+__all__ = [
+    "BackboneContract",
+    "TransportContract",
+    "every_cut",
+    "peft_model",
+    "random_adapter",
+    "refuses",
+    "tiny_backbone",
+    "tiny_catalog",
+    "tiny_decoder",
+    "tiny_samples",
+    "tiny_tokenizer",
+]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Make a byte-level tokenizer of 258 tokens: the bytes, the end token 256 and the padding token 257."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")  # noqa: S106
+
+
+def tiny_decoder(
+    family: str = "llama", *, layers: int = 4, width: int = 32, seed: int = 0, **options: Any
+) -> PreTrainedModel:
+    """Make a random decoder of a family, in float32, with weights large enough that every layer matters."""
+    defaults: dict[str, Any] = {
+        "vocab_size": 258,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": width // 4,
+        "max_position_embeddings": 1024,
+        "bos_token_id": None,
+        "eos_token_id": 256,
+        "pad_token_id": 257,
+        "initializer_range": 0.2,
+        "attn_implementation": "sdpa",
+    }
+    config = AutoConfig.for_model(family, **(defaults | options))
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    finally:
+        torch.random.set_rng_state(state)
+    return model.eval()
+
+
+def tiny_backbone(family: str = "llama", **options: Any) -> CausalLM:
+    """Make a random ``causal_lm`` backbone with the byte-level tokenizer."""
+    return CausalLM(tiny_decoder(family, **options), tiny_tokenizer(), max_tokens=512, model_name=f"tiny-{family}")
+
+
+def tiny_catalog() -> Catalog:
+    """Make a catalog of eight items, two of which share a title."""
+    titles = ("Ash", "Birch", "Cedar", "Copper Beech", "Elm", "Oak", "Oak", "Yew")
+    return Catalog(tuple(f"t{number}" for number in range(len(titles))), titles)
+
+
+def tiny_samples() -> list[Sample]:
+    """Make six samples of the tiny catalog, with histories of one to four items."""
+    walks = [(0, 3), (1, 2, 4), (5, 7, 0, 3), (2, 6), (7, 1, 3, 5, 0), (4, 2, 1)]
+    return [Sample(user, walk[:-1], walk[-1]) for user, walk in enumerate(walks)]
+
+
+def every_cut(total_layers: int) -> list[CutPlan]:
+    """List every way to cut a model of ``total_layers`` blocks, the uncut model last.
+
+    Example:
+        >>> [(plan.input_layers, plan.output_layers) for plan in every_cut(2)]
+        [(0, 0), (0, 1), (1, 0), (2, 0)]
+    """
+    cuts = [CutPlan(k, m, total_layers) for k in range(total_layers) for m in range(total_layers - k)]
+    return [*cuts, CutPlan.make(None, total_layers)]
+
+
+def random_adapter(shapes: Mapping[str, tuple[int, ...]], seed: int = 0, scale: float = 0.2) -> AdapterState:
+    """Draw an adapter that changes every block: A and B both normal, with standard deviation ``scale``."""
+    source = torch.Generator().manual_seed(seed)
+    return {name: scale * torch.randn(shape, generator=source) for name, shape in shapes.items()}
+
+
+def peft_model(backbone: CausalLM, config: AdapterConfig, state: Mapping[str, Tensor]) -> PeftModel:
+    """Make the uncut model with an adapter, by transformers and PEFT alone: the truth that every cut must equal."""
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type,unused-ignore]
+        target_modules=list(config.target_modules),
+        lora_dropout=config.dropout,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        model = get_peft_model(copy.deepcopy(backbone.model), lora)
+    set_peft_model_state_dict(model, {name: tensor.clone() for name, tensor in state.items()})
+    return model.eval()
+
+
+@contextmanager
+def refuses(kind: type[PplrError], words: str = "") -> Iterator[None]:
+    """Check that what is inside raises exactly this error, with these words in it, one line and a cure."""
+    seen: PplrError | None = None
+    try:
+        yield
+    except PplrError as error:
+        seen = error
+    assert seen is not None, f"no {kind.__name__} was raised"
+    assert type(seen) is kind, f"{type(seen).__name__} instead of {kind.__name__}: {seen}"
+    assert words in str(seen), f"{words!r} is not in: {seen}"
+    assert seen.cure.strip(), f"no cure: {seen}"
+    assert "\n" not in str(seen), f"more than one line: {seen}"
+
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _copy(state: Mapping[str, Tensor]) -> AdapterState:
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def _train(model: ClientModel, batches: Sequence[Batch], *, begin: bool = True) -> list[float]:
+    """Take a step on each batch, with dropout; the loss of each and the gradient norm of each, in turn."""
+    told: list[float] = []
+    if begin:
+        model.begin_round(2 * len(batches))
+    for number, batch in enumerate(batches):
+        loss = model.train_loss(batch, number)
+        (loss / batch.targets).backward()
+        told += [float(loss.detach()), model.optimizer_step(0.5)]
+    model.end_round()
+    return told
+
+
+class BackboneContract:
+    """What every backbone must do; inherit it, give :meth:`make`, and pytest finds the rest.
+
+    Example:
+        >>> class TestTinyLlama(BackboneContract):
+        ...     def make(self):
+        ...         return tiny_backbone("llama")
+        >>> TestTinyLlama().test_every_cut_trains_as_the_whole_model()
+    """
+
+    adapter: ClassVar[AdapterConfig] = AdapterConfig(rank=2, dropout=0.2)
+    """LoRA's settings; the target modules must be names of the backbone's linear layers."""
+
+    training: ClassVar[TrainingConfig] = TrainingConfig(learning_rate=0.01, warmup_steps=1, weight_decay=0.1)
+
+    def make(self) -> Backbone:
+        """Make a tiny backbone in float32, the same at each call."""
+        raise NotImplementedError
+
+    def encoded(self, backbone: Backbone) -> list[Any]:
+        """Encode six samples of different lengths."""
+        return backbone.encode(tiny_samples(), tiny_catalog(), history_items=3)
+
+    def cut(self, backbone: Backbone, plan: CutPlan) -> CutModel:
+        """Cut the backbone, with this contract's settings."""
+        return CutModel(backbone, plan, self.adapter, self.training)
+
+    def whole(self, backbone: Backbone) -> CutModel:
+        """Make the uncut model."""
+        return self.cut(backbone, CutPlan.make(None, backbone.total_layers))
+
+    def test_is_registered_by_its_name(self) -> None:
+        """A configuration can ask for it."""
+        backbone = self.make()
+        assert BACKBONES[backbone.name] is type(backbone)
+
+    def test_spans_share_the_frozen_tensors(self) -> None:
+        """Any number of stages cost no second copy of the base, and nothing of it is trained."""
+        backbone = self.make()
+        spans = [range(backbone.total_layers), range(1, backbone.total_layers), range(1, backbone.total_layers)]
+        places = [{p.data_ptr() for p in backbone.blocks(span).parameters()} for span in spans]
+        assert places[1] == places[2]
+        assert places[1] < places[0]
+        assert not any(p.requires_grad for p in backbone.blocks(spans[0]).parameters())
+
+    def test_every_cut_trains_as_the_whole_model(self) -> None:
+        """Losses, gradient norms and adapters of some steps are bitwise those of the uncut model, with dropout."""
+        backbone = self.make()
+        encoded = self.encoded(backbone)
+        batches = [backbone.collate(encoded[start : start + 2]) for start in range(0, len(encoded), 2)]
+        whole = self.whole(backbone)
+        start = random_adapter(whole.shapes)
+        model = whole.client("whole", start)
+        expected = _train(model, batches)
+        assert not _same(model.adapter(), start)
+        for plan in every_cut(backbone.total_layers)[:-1]:
+            cut = self.cut(backbone, plan).client("cut", start)
+            assert _train(cut, batches) == expected, plan
+            assert _same(cut.adapter(), model.adapter()), plan
+
+    def test_padding_changes_nothing(self) -> None:
+        """A batch's loss is the sum of its samples' losses, each run alone."""
+        backbone = self.make()
+        encoded = self.encoded(backbone)
+        whole = self.whole(backbone)
+        model = whole.client("one", random_adapter(whole.shapes))
+        together = model.evaluation_loss(backbone.collate(encoded))
+        alone = [model.evaluation_loss(backbone.collate([sample])) for sample in encoded]
+        torch.testing.assert_close(together, torch.stack(alone).sum(), rtol=1e-5, atol=1e-5)
+        batch = backbone.collate(encoded)
+        assert batch.lengths.tolist() == [backbone.length(sample) for sample in encoded]
+        assert batch.samples == len(encoded)
+        assert batch.tokens == sum(map(backbone.length, encoded))
+        assert batch.targets == sum(backbone.collate([sample]).targets for sample in encoded) > 0
+
+    def test_without_its_adapter_it_is_the_base_model(self) -> None:
+        """Whatever the adapter holds, switching it off gives what an adapter that changes nothing gives."""
+        backbone = self.make()
+        batch = backbone.collate(self.encoded(backbone))
+        plan = CutPlan(1, 1, backbone.total_layers)
+        cut = self.cut(backbone, plan)
+        base = cut.client("starts", cut.initial_adapter(0)).hidden_states(batch)
+        trained = cut.client("trained", random_adapter(cut.shapes))
+        assert not torch.equal(trained.hidden_states(batch), base)
+        assert torch.equal(trained.hidden_states(batch, adapter=False), base)
+
+    def test_training_leaves_the_base_alone(self) -> None:
+        """The fingerprint of the frozen base stays, and is the same for two backbones made alike."""
+        backbone = self.make()
+        before = backbone.fingerprint()
+        whole = self.whole(backbone)
+        _train(whole.client("one", random_adapter(whole.shapes)), [backbone.collate(self.encoded(backbone))])
+        assert backbone.fingerprint() == before == self.make().fingerprint()
+
+    def test_every_cut_stores_the_same_bytes(self) -> None:
+        """Client and server together store the frozen base once, and fewer client blocks cost fewer bytes."""
+        backbone = self.make()
+        stored = {plan: self.cut(backbone, plan).stored_bytes() for plan in every_cut(backbone.total_layers)}
+        assert len({sum(sides) for sides in stored.values()}) == 1
+        ordered = sorted(stored, key=lambda plan: len(plan.input) + len(plan.output))
+        assert all(
+            stored[less][0] < stored[more][0] for less, more in pairwise(ordered) if len(less.middle) > len(more.middle)
+        )
+
+
+class TransportContract:
+    """What every transport must do; inherit it, give :meth:`connect`, and pytest finds the rest."""
+
+    adapter: ClassVar[AdapterConfig] = AdapterConfig(rank=2, dropout=0.2)
+    training: ClassVar[TrainingConfig] = TrainingConfig(learning_rate=0.01, warmup_steps=1)
+    plan: ClassVar[CutPlan] = CutPlan(1, 1, 4)
+
+    def connect(self, host: StageHost, client: str) -> Transport:
+        """Connect a client that ``host`` has admitted to it."""
+        raise NotImplementedError
+
+    def cut(self) -> CutModel:
+        """Make a tiny model, cut by ``plan``."""
+        return CutModel(tiny_backbone(), self.plan, self.adapter, self.training)
+
+    def admit(self, cut: CutModel, client: str, start: Mapping[str, Tensor]) -> ClientModel:
+        """Admit a client to the cut model's host, and give it a model that crosses by the transport under test."""
+        assert cut.host is not None
+        cut.host.admit(client, start)
+        return ClientModel(cut.input, cut.output, self.connect(cut.host, client), start, self.training)
+
+    def whole(self, start: Mapping[str, Tensor]) -> ClientModel:
+        """Make the uncut model, which crosses nothing."""
+        backbone = tiny_backbone()
+        plan = CutPlan.make(None, backbone.total_layers)
+        return CutModel(backbone, plan, self.adapter, self.training).client("whole", start)
+
+    def batches(self, cut: CutModel) -> list[Batch]:
+        """Collate three batches of two samples of different lengths."""
+        encoded = cut.backbone.encode(tiny_samples(), tiny_catalog(), history_items=3)
+        return [cut.backbone.collate(encoded[start : start + 2]) for start in (0, 2, 4)]
+
+    def test_training_over_it_is_training_the_whole_model(self) -> None:
+        """Losses, gradient norms, adapters and optimizer states are bitwise those of the uncut model."""
+        cut = self.cut()
+        start = random_adapter(cut.shapes)
+        model, whole = self.admit(cut, "one", start), self.whole(start)
+        assert _train(model, self.batches(cut)) == _train(whole, self.batches(cut))
+        assert _same(model.adapter(), whole.adapter())
+        assert not _same(model.adapter(), start)
+        assert _same(model.optimizer_state(), whole.optimizer_state())
+
+    def test_evaluation_over_it_is_that_of_the_whole_model(self) -> None:
+        """States with and without the adapter are bitwise those of the uncut model."""
+        cut = self.cut()
+        start = random_adapter(cut.shapes)
+        model, whole = self.admit(cut, "one", start), self.whole(start)
+        batch = self.batches(cut)[0]
+        for adapter in (True, False):
+            assert torch.equal(model.hidden_states(batch, adapter=adapter), whole.hidden_states(batch, adapter=adapter))
+
+    def test_its_caches_are_those_of_the_whole_model(self) -> None:
+        """Decoding in pieces, rows exchanged on the way as beam search does, is decoding by the uncut model."""
+        cut = self.cut()
+        start = random_adapter(cut.shapes)
+        tokens = torch.arange(24).reshape(2, 12) * 7 % 256
+        mask = torch.ones_like(tokens)
+        mask[0, :3] = 0  # padding on the left
+        rows = torch.tensor([1, 0, 1])
+        told = []
+        for model in (self.admit(cut, "one", start), self.whole(start)):
+            with model.generation() as cache:
+                first = model.decode(tokens[:, :8], _decode_call(mask[:, :8], 8), cache)
+                model.reorder(cache, rows)
+                last = model.decode(tokens[rows, 8:], _decode_call(mask[rows], 4), cache)
+            told.append((first, last))
+        for one, other in zip(*told, strict=True):
+            assert torch.equal(one, other)
+
+    def test_counts_what_crosses_and_no_padding(self) -> None:
+        """Bytes are real tokens times D times the bytes of a number, once for each direction and pass."""
+        cut = self.cut()
+        model = self.admit(cut, "one", random_adapter(cut.shapes))
+        batch = self.batches(cut)[0]
+        state = cut.backbone.hidden_size * cut.backbone.dtype.itemsize
+        assert batch.tokens < batch.input_ids.numel()
+        assert model.traffic == Traffic(0, 0)
+        loss = model.train_loss(batch, 0)
+        assert model.traffic == Traffic(batch.tokens * state, batch.tokens * state)
+        loss.backward()
+        assert model.traffic == Traffic(2 * batch.tokens * state, 2 * batch.tokens * state)
+        before = model.traffic
+        model.evaluation_loss(batch)
+        assert model.traffic.since(before) == Traffic(batch.tokens * state, batch.tokens * state)
+        before = model.traffic
+        mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+        with model.generation() as cache:
+            model.decode(mask, _decode_call(mask, 5), cache)
+            longer = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
+            model.decode(longer[:, -1:], _decode_call(longer, 1), cache)
+        assert model.traffic.since(before) == Traffic((8 + 2) * state, (8 + 2) * state)
+
+    def test_clients_do_not_touch_each_other(self) -> None:
+        """Two clients that train in turns end as when each trains alone, bitwise."""
+        shapes = self.cut().shapes
+        starts = {"one": random_adapter(shapes, 1), "two": random_adapter(shapes, 2)}
+        alone = {}
+        for name, start in starts.items():
+            cut = self.cut()
+            alone[name] = self.admit(cut, name, start)
+            _train(alone[name], self.batches(cut))
+        cut = self.cut()
+        both = {name: self.admit(cut, name, start) for name, start in starts.items()}
+        for model in both.values():
+            model.begin_round(2 * 3)
+        for number, batch in enumerate(self.batches(cut)):
+            losses = [model.train_loss(batch, number) for model in both.values()]
+            for loss in reversed(losses):
+                (loss / batch.targets).backward()
+            for model in both.values():
+                model.optimizer_step(0.5)
+        for name, model in both.items():
+            assert _same(model.adapter(), alone[name].adapter())
+            assert _same(model.optimizer_state(), alone[name].optimizer_state())
+        assert not _same(both["one"].adapter(), both["two"].adapter())
+
+    def test_states_go_out_and_come_back(self) -> None:
+        """An adapter and an optimizer that were read and written back go on bitwise."""
+        cut = self.cut()
+        batches = self.batches(cut)
+        model = self.admit(cut, "one", random_adapter(cut.shapes))
+        _train(model, batches)
+        adapter, optimizer = _copy(model.adapter()), _copy(model.optimizer_state())
+        other = self.admit(cut, "two", random_adapter(cut.shapes, 5))
+        other.set_adapter(adapter)
+        other.restore_optimizer(optimizer)
+        assert _train(other, batches) == _train(model, batches)
+        assert _same(other.adapter(), model.adapter())
+        assert not _same(other.adapter(), adapter)
+
+    def test_refuses_what_is_out_of_turn(self) -> None:
+        """A step twice, a gradient without a pass, and a closed cache are each a :class:`TransportError`."""
+        cut = self.cut()
+        transport = self.admit(cut, "one", random_adapter(cut.shapes)).transport
+        assert transport is not None
+        states, lengths, call = torch.randn(2, 3, cut.backbone.hidden_size), torch.tensor([3, 3]), StageCall()
+        with refuses(TransportError):
+            transport.backward(1, states, lengths)
+        transport.forward(states, lengths, call, keep_as=1)
+        with refuses(TransportError):
+            transport.forward(states, lengths, call, keep_as=1)
+        transport.backward(1, states, lengths)
+        with refuses(TransportError):
+            transport.backward(1, states, lengths)
+        cache = transport.open_cache()
+        transport.close_cache(cache)
+        for use in (
+            lambda: transport.close_cache(cache),
+            lambda: transport.reorder_cache(cache, torch.tensor([0])),
+            lambda: transport.decode(states, call, cache),
+        ):
+            with refuses(TransportError):
+                use()
+
+    def test_discard_lets_go(self) -> None:
+        """After a discard, kept passes and open caches are gone, and the step can be run anew."""
+        cut = self.cut()
+        transport = self.admit(cut, "one", random_adapter(cut.shapes)).transport
+        assert transport is not None
+        states, lengths = torch.randn(2, 3, cut.backbone.hidden_size), torch.tensor([3, 3])
+        transport.forward(states, lengths, StageCall(), keep_as=1)
+        cache = transport.open_cache()
+        transport.discard()
+        with refuses(TransportError):
+            transport.backward(1, states, lengths)
+        with refuses(TransportError):
+            transport.close_cache(cache)
+        transport.forward(states, lengths, StageCall(), keep_as=1)
+
+
+def _decode_call(mask: Tensor, new: int) -> StageCall:
+    return StageCall(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -new:])
