@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -35,7 +35,9 @@ __all__ = [
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class HoldoutConfig(_Section):
@@ -178,7 +180,7 @@ class AdapterConfig(_Section):
     """Share of LoRA's inputs dropped in training. Masks are drawn per block from the step's seed, so they do
     not depend on where the model is cut."""
 
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    target_modules: tuple[str, ...] = Field(default=("q_proj", "v_proj"), min_length=1)
     """Names of the linear layers in a block that get an adapter."""
 
 
@@ -273,7 +275,7 @@ class EvaluationConfig(_Section):
     batch_size: int = Field(default=16, ge=1)
     """Users generated for at once."""
 
-    cutoffs: tuple[int, ...] = (10, 20)
+    cutoffs: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(10, 20), min_length=1)
     """The K of Recall@K, NDCG@K and Hit@K."""
 
     test_users: int | None = Field(default=None, ge=1)
@@ -394,11 +396,15 @@ def config_template() -> str:
 
 def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
     data = raw.get("data")
-    if isinstance(data, dict):
-        for key in ("path", "items_path"):
-            value = data.get(key)
-            if isinstance(value, str) and not Path(value).is_absolute() and (folder / value).exists():
-                data[key] = str((folder / value).resolve())
+    backbone = raw.get("backbone")
+    for section, key in ((data, "path"), (data, "items_path"), (backbone, "model")):
+        if not isinstance(section, dict):
+            continue
+        value = section.get(key)
+        if not isinstance(value, str) or Path(value).is_absolute() or not (folder / value).exists():
+            continue
+        if key != "model" or "/" in value or value.endswith(".gguf"):  # a bare word is a short name
+            section[key] = str((folder / value).resolve())
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -416,7 +422,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if inner is None:
             inner = place[section] = {}
         if not isinstance(inner, dict):
-            raise ConfigError(f"--set {override!r}: {section!r} is not a section", cure=nearest(section, _all_keys()))
+            raise ConfigError(
+                f"--set {override!r}: {section!r} is {inner!r}, not a section", cure="Write --set section.field=value."
+            )
         place = inner
     place[field] = value
 
@@ -445,7 +453,7 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
         known = list(models[section].model_fields) if section in models else _all_keys()
         hint = nearest(parts[-1], known)
         elsewhere = [name for name, model in models.items() if name and parts[-1] in model.model_fields]
-        if not hint.startswith("Did") and elsewhere:
+        if elsewhere:  # the very name, in another section
             hint = f"Did you mean '{elsewhere[0]}.{parts[-1]}'?"
         return ConfigError(f"{where}: unknown key {dotted!r}{more}", cure=hint)
     seen = first.get("input")

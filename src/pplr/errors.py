@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from functools import partial
 
 __all__ = [
     "AdapterError",
@@ -61,6 +62,9 @@ class PplrError(Exception):
         self.message = message.rstrip(".")
         self.cure = cure
         super().__init__(f"{self.message}. {cure}")
+
+    def __reduce__(self) -> tuple[partial[PplrError], tuple[()]]:
+        return partial(type(self), self.message, cure=self.cure), ()  # so that it can go to another process
 
 
 class ConfigError(PplrError):

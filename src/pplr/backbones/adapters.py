@@ -12,9 +12,12 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -82,6 +85,25 @@ class SeededDropout(nn.Module):
             return x
         keep = torch.empty_like(x).bernoulli_(1 - self.probability, generator=self.generator)
         return x * keep.div_(1 - self.probability)
+
+
+class _Lora(LoraLinear):
+    """PEFT's LoRA layer, computed in the number format of the base.
+
+    PEFT widens a bfloat16 input to float32 for the sake of float32 adapters; here the small factors are rounded
+    instead, as mixed precision does, and the update is added within the product that makes it.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply the frozen layer and the update: (..., D_in) -> (..., D_out)."""
+        out: Tensor = self.base_layer(x)
+        if self.disable_adapters:
+            return out
+        a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
+        inner = F.linear(self.lora_dropout["default"](x), a.to(x.dtype))  # (..., R)
+        update = b.to(x.dtype).t()
+        flat = torch.addmm(out.flatten(0, -2), inner.flatten(0, -2), update, alpha=self.scaling["default"])
+        return flat.view_as(out)
 
 
 class AdapterSlots:
@@ -156,6 +178,7 @@ def inject_adapter(layers: nn.ModuleList, config: AdapterConfig, *, first_layer:
             f"the model's blocks have no linear layer called {unknown[0]!r}",
             cure=f"Set adapter.target_modules to some of {sorted(linear)}.",
         )
+    lora._register_custom_module({nn.Linear: _Lora})
     inject_adapter_in_model(lora, layers)
     found: dict[str, LoraLayer] = {}
     for name, module in layers.named_modules():

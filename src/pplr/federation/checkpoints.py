@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -27,6 +26,12 @@ __all__ = ["FORMAT", "Checkpoint", "CheckpointStore"]
 
 FORMAT = 1
 """Version of the layout; a newer one is refused."""
+
+_BEFORE = "The one before it is used."
+
+
+class _DamagedError(CheckpointError):
+    """A checkpoint that is not whole."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class CheckpointStore:
         self.folder = folder
         self._keep = keep
         self._warn = warn
+        self._whole: Path | None = None  # the newest that was read or written here
 
     def write(
         self,
@@ -80,44 +86,61 @@ class CheckpointStore:
         """
         final = self.folder / f"{server_round + 1:06d}"
         work = self.folder / f".{final.name}.tmp"
-        with storage_errors(final):
+        try:
+            with storage_errors(final):
+                shutil.rmtree(work, ignore_errors=True)
+                work.mkdir(parents=True)
+            self._fill(work, state, clients, improved)
+            with storage_errors(final):
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(work, final)  # noqa: PTH105
+                descriptor = os.open(self.folder, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
+        except BaseException:
             shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
-        before = next(iter(self._folders()), None)
+            raise
+        self._whole = final
+        refused = [folder for folder in self._folders() if folder.name > final.name]
+        for old in [*refused, *self._folders()[len(refused) + self._keep :]]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _fill(
+        self,
+        work: Path,
+        state: Mapping[str, Any],
+        clients: Mapping[str, Mapping[str, Tensor]],
+        improved: Mapping[str, AdapterState],
+    ) -> None:
+        """Write the files of a checkpoint, the manifest last."""
         for name, tensors in clients.items():
             write_atomic(work / f"client-{name}.safetensors", save({k: v.contiguous() for k, v in tensors.items()}))
             best = work / f"best-{name}.safetensors"
             if name in improved:
                 write_atomic(best, save({k: v.contiguous() for k, v in improved[name].items()}))
-            elif before is not None and (before / best.name).exists():
+            elif self._whole is not None and (self._whole / best.name).exists():
                 with storage_errors(best):
-                    shutil.copyfile(before / best.name, best)
+                    content = (self._whole / best.name).read_bytes()
+                write_atomic(best, content)
         write_json(work / "state.json", dict(state))
-        files = sorted(path.name for path in work.iterdir())
-        write_json(
-            work / "manifest.json", {"format": FORMAT, "sha256": {name: sha256_file(work / name) for name in files}}
-        )
-        with storage_errors(final):
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(work, final)  # noqa: PTH105
-            descriptor = os.open(self.folder, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        for old in self._folders()[self._keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+        hashes = {path.name: sha256_file(path) for path in sorted(work.iterdir())}
+        write_json(work / "manifest.json", {"format": FORMAT, "sha256": hashes})
 
     def newest(self) -> Checkpoint | None:
-        """Return the newest checkpoint that is whole; each one refused on the way is told aloud.
+        """Return the newest checkpoint that is whole; each damaged one on the way is told aloud.
 
         Raises:
-            CheckpointError: There are checkpoints, and none of them is whole.
+            CheckpointError: There are checkpoints, and none of them is whole, or the newest is of a newer format.
         """
         folders = self._folders()
         for folder in folders:
             try:
-                return self._read(folder)
-            except CheckpointError as error:
+                found = self._read(folder)
+            except _DamagedError as error:
                 self._warn(str(error))
+            else:
+                self._whole = folder
+                return found
         if folders:
             raise CheckpointError(
                 f"none of the {len(folders)} checkpoints in {self.folder} is whole",
@@ -135,9 +158,7 @@ class CheckpointStore:
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
             version, hashes = int(manifest["format"]), dict(manifest["sha256"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise CheckpointError(
-                f"checkpoint {folder} has no readable manifest", cure="The one before it is used."
-            ) from None
+            raise _DamagedError(f"checkpoint {folder} has no readable manifest", cure=_BEFORE) from None
         if version > FORMAT:
             raise CheckpointError(
                 f"checkpoint {folder} has format {version}, newer than {FORMAT}", cure="Update pplr to use it."
@@ -145,14 +166,9 @@ class CheckpointStore:
         for name, digest in hashes.items():
             path = folder / name
             if not path.is_file() or sha256_file(path) != digest:
-                raise CheckpointError(
-                    f"checkpoint {folder} is damaged: {name} does not match its SHA-256",
-                    cure="The one before it is used.",
-                )
+                raise _DamagedError(f"checkpoint {folder} is damaged: {name} does not match its SHA-256", cure=_BEFORE)
         try:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            return Checkpoint(folder, state)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise CheckpointError(
-                f"checkpoint {folder} is damaged: {error}", cure="The one before it is used."
-            ) from error
+        except (OSError, ValueError) as error:
+            raise _DamagedError(f"checkpoint {folder} is damaged: {error}", cure=_BEFORE) from error
+        return Checkpoint(folder, state)

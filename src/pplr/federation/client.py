@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from pplr.backbones.adapters import AdapterState
 from pplr.config import Config
+from pplr.errors import FederationError
 from pplr.federation.methods import Method
 from pplr.recommend.training import LocalResult, train_locally
 from pplr.stages.model import ClientModel
@@ -120,8 +122,18 @@ class FederatedClient:
         Returns:
             The metrics, and whether this round is the client's best so far. A client with nothing to validate on
             takes its newest round.
+
+        Raises:
+            FederationError: A measured value is not finite.
         """
         measured = self._validate(self.serving)
+        for name, value in measured.items():
+            if value is not None and not math.isfinite(value):
+                raise FederationError(
+                    f"client {self.name}'s {name} on its validation targets is {value} in server round "
+                    f"{server_round + 1}",
+                    cure="Lower training.learning_rate or set training.clip_norm.",
+                )
         score = measured.get(metric)
         if score is None or self.best is None or self.best.score is None:
             improved = True

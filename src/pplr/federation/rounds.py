@@ -84,9 +84,11 @@ def run_rounds(
             with progress.task(label, epochs * len(client.encoded), "samples") as advance:
                 results[client.name] = client.train(server_round, config, method, advance)
         adapters = [client.model.adapter() for client in participants]
+        shapes = {name: tuple(tensor.shape) for name, tensor in federation.initial.items()}
         for client, adapter in zip(participants, adapters, strict=True):
-            shapes = {name: tuple(tensor.shape) for name, tensor in federation.initial.items()}
             check_adapter(adapter, shapes, whose=f"client {client.name}'s adapter")
+            if client.personal is not None:
+                check_adapter(client.personal.adapter(), shapes, whose=f"client {client.name}'s personal adapter")
         _keep(federation, config, folder, server_round, "local")
 
         # 2. Similarity and heating decide who learns from whom.
@@ -133,12 +135,13 @@ def run_rounds(
 
 
 def _out_of_patience(federation: Federation, config: Config) -> bool:
-    """Whether no client has improved for ``patience`` rounds."""
+    """Whether no client that can validate has improved for ``patience`` rounds."""
     patience = config.federation.patience
-    if patience is None or federation.next_round == 0:
+    standing = [client.best for client in federation.clients if client.best is not None]
+    improved = [best.server_round for best in standing if best.score is not None]
+    if patience is None or not improved:
         return False
-    newest = max((client.best.server_round for client in federation.clients if client.best), default=-1)
-    return federation.next_round - 1 - newest >= patience
+    return federation.next_round - 1 - max(improved) >= patience
 
 
 def _record(

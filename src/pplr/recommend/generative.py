@@ -90,8 +90,8 @@ class TitleSpace:
         if embeddings is None:
             embeddings = embed_texts(model, list(distinct), advance)
             content = save({"embeddings": embeddings})
+            write_atomic(path.with_suffix(".sha256"), sha256_bytes(content).encode())  # first: alone it means nothing
             write_atomic(path, content)
-            write_atomic(path.with_suffix(".sha256"), sha256_bytes(content).encode())
         return cls(catalog, embeddings, title_of)
 
 
@@ -132,7 +132,7 @@ class GenerativeRanker:
         self._config = config
         self._history_items = history_items
         answers = [self._backbone.answer_tokens(title) for title in space.catalog.titles]
-        self._longest = max(len(answer) for answer in answers)
+        self._longest = self._backbone.answer_room(space.catalog)
         self._trie = TitleTrie(answers, self._backbone.end_token) if config.grounding == "trie" else None
         endings = {answer[-2] for answer in answers if len(answer) > 1}
         self._stops = sorted(token for token in endings if "\n" in self._backbone.tokenizer.decode([token]))

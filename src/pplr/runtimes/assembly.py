@@ -122,8 +122,12 @@ class Assembly:
         self._check_metric()
         if config.runtime.threads is not None:
             torch.set_num_threads(config.runtime.threads)
-        self.data = load_run_data(config, progress.note)
-        self.backbone = backbone or load_backbone(config.backbone, progress.note)
+        with progress.task("loading the data", 1, "sources") as advance:
+            self.data = load_run_data(config, progress.note)
+            advance(1)
+        with progress.task("loading the model", 1, "models") as advance:
+            self.backbone = backbone or load_backbone(config.backbone, progress.note)
+            advance(1)
         self.plan = CutPlan.make(config.cut, self.backbone.total_layers)
         self.model = CutModel(self.backbone, self.plan, config.adapter, config.training)
         self.initial: AdapterState = self.model.initial_adapter(config.run.seed)
@@ -137,9 +141,13 @@ class Assembly:
     @cached_property
     def space(self) -> TitleSpace:
         """The catalog's titles, embedded by the base model through a client of no data."""
+        catalog = self.data.dataset.catalog
         reader = self.model.client("title embeddings", self.initial)
-        with self.progress.task("embedding titles", len(self.data.dataset.catalog.by_title), "titles") as advance:
-            return TitleSpace.build(reader, self.data.dataset.catalog, advance)
+        try:
+            with self.progress.task("embedding titles", len(catalog.by_title), "titles") as advance:
+                return TitleSpace.build(reader, catalog, advance)
+        finally:
+            self.model.dismiss("title embeddings")
 
     def ranker(self, model: ClientModel) -> Ranker:
         """Make the ranker of one client's model."""

@@ -6,17 +6,18 @@ import contextlib
 import fcntl
 import json
 import platform
+import shutil
 import time
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from pplr.backbones.adapters import check_adapter, load_adapter, save_adapter
+from pplr.backbones.adapters import AdapterState, check_adapter, load_adapter, save_adapter
 from pplr.backbones.base import Backbone
-from pplr.config import Config, load_config
+from pplr.config import Config
 from pplr.errors import CheckpointError, RunError
 from pplr.federation.checkpoints import CheckpointStore
 from pplr.federation.rounds import Federation, restore_checkpoint, run_rounds
@@ -24,7 +25,7 @@ from pplr.progress import Progress, Silent
 from pplr.recommend.evaluation import Evaluation, Ranker, evaluate
 from pplr.recommend.floors import fit_floor
 from pplr.runtimes.assembly import Assembly
-from pplr.runtimes.run import Run
+from pplr.runtimes.run import Run, open_run
 from pplr.storage import storage_errors, write_atomic, write_json
 
 __all__ = ["evaluate_run", "train"]
@@ -56,14 +57,15 @@ def train(
         PplrError: Whatever else keeps the run from being carried out.
     """
     folder, progress = Path(run_dir), progress or Silent()
-    started = time.perf_counter()
+    started: float | None = time.perf_counter()
     with _claimed(folder, config, resume=resume):
         assembly = Assembly(config, progress, backbone)
         federation = assembly.federation()
-        _write_provenance(folder, assembly)
+        _write_start(folder, assembly)
         store = CheckpointStore(folder / "checkpoints", keep=config.run.checkpoints, warn=progress.note)
         if resume and (checkpoint := store.newest()) is not None:
             restore_checkpoint(federation, checkpoint)
+            started = None  # the time of the processes before this one is not known
             progress.note(f"going on after server round {federation.next_round} of {config.federation.rounds}")
         writer = _RoundWriter(federation, folder, progress)
         writer.write()
@@ -93,9 +95,11 @@ class _RoundWriter:
 @contextlib.contextmanager
 def _claimed(folder: Path, config: Config, *, resume: bool) -> Iterator[None]:
     """Claim a run folder for this process, and refuse one that holds something else."""
+    path = folder / "config.yaml"
+    _refuse_foreign(folder)
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock = (folder / ".lock").open("a")
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,9 +107,8 @@ def _claimed(folder: Path, config: Config, *, resume: bool) -> Iterator[None]:
             raise RunError(
                 f"another process is writing {folder}", cure="Wait for it, or choose another --run-dir."
             ) from None
-        path = folder / "config.yaml"
         if path.exists():
-            before = load_config(path)
+            before = open_run(folder).config
             if before != config:
                 raise RunError(
                     f"{folder} holds a run of another configuration ({_first_difference(before, config)})",
@@ -115,14 +118,25 @@ def _claimed(folder: Path, config: Config, *, resume: bool) -> Iterator[None]:
                 raise RunError(
                     f"{folder} holds this run already", cure="Go on with --resume, or choose another --run-dir."
                 )
-        elif others := [p.name for p in folder.iterdir() if p.name != ".lock"]:
-            raise RunError(
-                f"{folder} is not empty and is not a run folder (it holds {sorted(others)[0]})",
-                cure="Choose another --run-dir.",
-            )
-        else:
-            write_atomic(path, config.to_yaml().encode())
+        _refuse_foreign(folder)
+        with storage_errors(folder):
+            for remains in list(folder.rglob(".*.tmp")):  # of a process that was killed
+                if remains.is_dir():
+                    shutil.rmtree(remains)
+                else:
+                    remains.unlink(missing_ok=True)
         yield
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Touch nothing in a folder that holds something else than a run."""
+    if not folder.is_dir() or (folder / "config.yaml").exists():
+        return
+    names = sorted(path.name for path in folder.iterdir())
+    if others := [name for name in names if name != ".lock" and not fnmatch(name, ".config.yaml.*.tmp")]:
+        raise RunError(
+            f"{folder} is not empty and is not a run folder (it holds {others[0]})", cure="Choose another --run-dir."
+        )
 
 
 def _first_difference(before: Config, after: Config) -> str:
@@ -137,7 +151,8 @@ def _first_difference(before: Config, after: Config) -> str:
     return walk(before.model_dump(mode="json"), after.model_dump(mode="json"), "") or "the same fields"
 
 
-def _write_provenance(folder: Path, assembly: Assembly) -> None:
+def _write_start(folder: Path, assembly: Assembly) -> None:
+    """Write the configuration and where everything came from; a run that goes on must find the same there."""
     import numpy
     import peft
     import transformers
@@ -145,7 +160,7 @@ def _write_provenance(folder: Path, assembly: Assembly) -> None:
     import pplr
 
     data = assembly.data
-    content = {
+    content: dict[str, Any] = {
         "seed": assembly.config.run.seed,
         "versions": {
             "pplr": pplr.__version__,
@@ -170,18 +185,31 @@ def _write_provenance(folder: Path, assembly: Assembly) -> None:
         "model_sha256": assembly.backbone.fingerprint(),
         "clients": dict(zip(data.partition.names, data.partition.labels, strict=True)),
     }
-    write_json(folder / "provenance.json", content)
+    path = folder / "provenance.json"
+    before: dict[str, Any] = {}
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        before = json.loads(path.read_text(encoding="utf-8"))
+    for name, digest in content.items():
+        if name.endswith("_sha256") and before.get(name, digest) != digest:
+            what = name.removesuffix("_sha256")
+            raise RunError(
+                f"{folder} was begun with another {what}: its SHA-256 is no longer the one in provenance.json",
+                cure="Put the data and the model back as they were, or choose another --run-dir.",
+            )
+    if not (folder / "config.yaml").exists():
+        write_atomic(folder / "config.yaml", assembly.config.to_yaml().encode())
+    write_json(path, content)
 
 
 def _export(federation: Federation, assembly: Assembly, store: CheckpointStore, folder: Path) -> None:
-    """Write each client's best adapter in PEFT's form."""
+    """Write each client's best adapter in PEFT's form; of a client that was never drawn, the one it has."""
     checkpoint = store.newest()
     if checkpoint is None:
         raise CheckpointError("the run has no checkpoint", cure="Start again with another --run-dir.")
     config = assembly.config
     for name, trainer in assembly.serving(federation).items():
-        state = load_file(checkpoint.folder / f"best-{trainer.name}.safetensors")
-        save_adapter(dict(state), folder / "clients" / name, config.adapter, config.backbone.model)
+        state = trainer.serving.adapter() if trainer.best is None else checkpoint.tensors(f"best-{trainer.name}")
+        save_adapter(state, folder / "clients" / name, config.adapter, config.backbone.model)
 
 
 def evaluate_run(run: Run, progress: Progress, *, started: float | None = None) -> dict[str, Any]:
@@ -198,27 +226,27 @@ def evaluate_run(run: Run, progress: Progress, *, started: float | None = None) 
     assembly, config, settings = run.assembly(progress), run.config, run.config.evaluation
     data = assembly.data
     began = time.perf_counter()
-    readers: dict[str, Ranker] = {}
-    for name in data.partition.names:
-        adapter = load_adapter(run.folder / "clients" / name)
+    adapters = {name: load_adapter(run.folder / "clients" / name) for name in data.partition.names}
+    for name, adapter in adapters.items():
         check_adapter(adapter, assembly.model.shapes, whose=f"the saved adapter of client {name}")
-        readers[name] = assembly.ranker(assembly.model.client(f"test {name}", adapter))
+
+    def reader(name: str, adapter: AdapterState) -> Ranker:
+        admitted.callback(assembly.model.dismiss, name)
+        return assembly.ranker(assembly.model.client(name, adapter))
 
     def measure(label: str, rankers: Mapping[str, Ranker] | Ranker) -> Evaluation:
         with progress.task(label, sum(map(len, data.test.values())), "users") as advance:
             return evaluate(rankers, data.test, settings.cutoffs, settings.batch_size, advance)
 
     found = {}
-    if settings.before:
-        initial = assembly.ranker(assembly.model.client("test initial", assembly.initial))
-        found["before"] = measure("testing the initial adapter", initial)
-    found["test"] = measure("testing each client's adapter", readers)
+    with contextlib.ExitStack() as admitted:
+        if settings.before:
+            found["before"] = measure("testing the initial adapter", reader("test initial", assembly.initial))
+        own = {name: reader(f"test {name}", adapter) for name, adapter in adapters.items()}
+        found["test"] = measure("testing each client's adapter", own)
     items = len(data.dataset.catalog)
     for floor in settings.floors:
         found[floor] = measure(f"testing {floor}", fit_floor(floor, data.holdout, items, config.run.seed))
-    for name in data.partition.names:
-        assembly.model.dismiss(f"test {name}")
-    assembly.model.dismiss("test initial")
     seconds = time.perf_counter() - began
     write_json(run.folder / "evaluation.json", {name: part.to_dict() for name, part in found.items()})
     metrics = _metrics(run, assembly, found)

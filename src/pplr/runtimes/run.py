@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,6 +139,7 @@ class Run:
             ConfigError: Neither or both of ``user`` and ``history`` are given, or no client is named.
             UnknownItemError: No item has a title, or there is no such user; the nearest is named.
             PartitionError: There is no such client, or the user is another client's.
+            RunError: The run is not finished.
         """
         from pplr.backbones.adapters import check_adapter, load_adapter
         from pplr.data.prompts import Case
@@ -148,6 +148,8 @@ class Run:
             raise ConfigError("give either a user or a history", cure="Use --user U or --history 'A; B; C'.")
         if count < 1:
             raise ConfigError(f"{count} items are to be recommended", cure="Ask for at least one.")
+        if not (self.folder / "clients").is_dir():
+            raise RunError(f"the run in {self.folder} is not finished", cure="Train it to its end with --resume.")
         parts = self.assembly(progress)
         catalog = parts.data.dataset.catalog
         names = parts.data.partition.names
@@ -171,24 +173,21 @@ class Run:
             raise DataError("the history is empty", cure="Give at least one title.")
         adapter = load_adapter(self.folder / "clients" / client)
         check_adapter(adapter, parts.model.shapes, whose=f"the saved adapter of client {client}")
-        model = self._reader
-        model.set_adapter(adapter)
         seen = tuple(dict.fromkeys(items))
         if history is not None:  # every item of a typed title counts as seen
             seen = tuple(dict.fromkeys(item for title in history for item in catalog.find(title)))
         newest = tuple(items[-self.config.data.history_items :])
-        scores = parts.ranker(model).scores([Case(number, newest, (), seen)])[0].astype(np.float64)
+        reader = parts.model.client("recommend", adapter)
+        try:
+            scores = parts.ranker(reader).scores([Case(number, newest, (), seen)])[0].astype(np.float64)
+        finally:
+            parts.model.dismiss("recommend")
         scores[list(seen)] = -np.inf
         order = np.argsort(-scores, kind="stable")[:count]
         return [
             Recommendation(rank, catalog.item_ids[item], catalog.titles[item], float(scores[item]))
             for rank, item in enumerate((int(i) for i in order if np.isfinite(scores[i])), start=1)
         ]
-
-    @cached_property
-    def _reader(self) -> Any:
-        parts = self.assembly()
-        return parts.model.client("recommend", parts.initial)
 
     def evaluate(self, progress: Progress | None = None) -> dict[str, Any]:
         """Measure the saved adapters again, on the run's test cases, and write ``metrics.json``."""

@@ -53,9 +53,13 @@ class StageHost:
 
         Raises:
             TransportError: The client was admitted before.
+            AdapterError: A middle tensor is missing, does not fit, or is not finite.
         """
         if client in self._tenancies:
             raise TransportError(f"client {client!r} was admitted before", cure="Admit every client once.")
+        shapes = self.stage.shapes
+        own = {name: tensor for name, tensor in initial.items() if name in shapes}
+        check_adapter(own, shapes, whose=f"client {client}'s middle adapter")
         self._tenancies[client] = _Tenancy(Member(self.stage, initial, self._training))
 
     def dismiss(self, client: str) -> None:
@@ -171,10 +175,9 @@ class StageHost:
         Raises:
             AdapterError: It does not fit, or is not finite.
         """
-        shapes = {name: shape for name, shape in self.stage.shapes.items() if name in state}
-        own = {name: state[name] for name in shapes}
-        check_adapter(own, shapes, whose=f"client {client}'s middle adapter")
-        self._of(client).member.set_adapter(own)
+        member = self._of(client).member
+        member.check(state, whose=f"client {client}'s middle adapter")
+        member.set_adapter(state)
 
     def optimizer_state(self, client: str) -> dict[str, Tensor]:
         """Return the client's middle optimizer state."""

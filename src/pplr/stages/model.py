@@ -158,8 +158,8 @@ class ClientModel:
     @contextmanager
     def generation(self) -> Iterator[GenerationCache]:
         """Open caches in every stage for one generation, and close them whatever happens."""
-        middle = None if self.transport is None else self.transport.open_cache()
         caches = [self.backbone.new_cache(stage.blocks) for stage in self._stages]
+        middle = None if self.transport is None else self.transport.open_cache()
         try:
             yield GenerationCache(caches[0], middle, caches[1])
         finally:
@@ -228,11 +228,17 @@ class ClientModel:
         return {name: state[name] for name in natural_order(state)}
 
     def set_adapter(self, state: Mapping[str, Tensor]) -> None:
-        """Copy LoRA tensors into all stages."""
+        """Copy LoRA tensors into all stages, or into none.
+
+        Raises:
+            AdapterError: One of them does not fit, or is not finite.
+        """
         for member in self._members:
-            member.set_adapter(state)
+            member.check(state, whose="the adapter to go on with")
         if self.transport is not None:
             self.transport.set_adapter(state)
+        for member in self._members:
+            member.set_adapter(state)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Return the optimizer's state of all stages as flat tensors."""

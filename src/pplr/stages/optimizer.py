@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pplr.backbones.adapters import AdapterState
 from pplr.config import TrainingConfig
-from pplr.errors import CheckpointError
+from pplr.errors import CheckpointError, FederationError
 
 __all__ = ["LocalObjective", "StageOptimizer", "learning_rate"]
 
@@ -83,7 +83,12 @@ class StageOptimizer:
             total_steps: Steps of the whole schedule.
             objective: What is minimised besides the loss.
             anchor: θ_anchor of the proximal term; needed when its μ is above 0.
+
+        Raises:
+            FederationError: There is a proximal term and no anchor.
         """
+        if objective.proximal_mu > 0 and anchor is None:
+            raise FederationError("a proximal term without an anchor", cure="Give the adapter that it pulls towards.")
         if self.config.optimizer_state == "reset":
             self.steps = 0
             self._adam = self._new_adam()
@@ -91,13 +96,19 @@ class StageOptimizer:
         self._objective = objective
         self._anchor = {}
         if objective.proximal_mu > 0 and anchor is not None:
-            self._anchor = {name: anchor[name].detach().clone() for name in self.parameters}
+            self._anchor = {
+                name: anchor[name].detach().to(parameter.device, copy=True)
+                for name, parameter in self.parameters.items()
+            }
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(objective.train_a or "lora_A" not in name)
             parameter.grad = None
 
     def gradient_norm_squared(self) -> float:
-        """Add the proximal term to the gradients and return their squared norm over this stage, in float64."""
+        """Add the proximal term to the gradients and return their squared norm over this stage, in float64.
+
+        To be called once before each step, since the term is added each time.
+        """
         total = 0.0
         for name, parameter in self.parameters.items():
             if name in self._anchor and parameter.requires_grad:
@@ -132,7 +143,7 @@ class StageOptimizer:
         self._objective = LocalObjective()
 
     def state(self) -> dict[str, Tensor]:
-        """Return AdamW's moments and the number of steps, as flat tensors."""
+        """Return AdamW's moments and the number of steps, as flat tensors, without copying them."""
         flat = {"steps": torch.tensor(self.steps)}
         if self._adam is not None:
             for name, parameter in self.parameters.items():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pplr.backbones.adapters import AdapterSlots, AdapterState, inject_adapter
+from pplr.backbones.adapters import AdapterSlots, AdapterState, check_adapter, inject_adapter
 from pplr.backbones.base import Backbone
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.stages.optimizer import StageOptimizer
@@ -90,6 +90,15 @@ class Member:
     def adapter(self) -> AdapterState:
         """Return the LoRA tensors, without copying them."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def check(self, state: Mapping[str, Tensor], *, whose: str) -> None:
+        """Refuse LoRA tensors that could not be copied in; tensors of other stages are passed over.
+
+        Raises:
+            AdapterError: One of them does not fit, or is not finite.
+        """
+        given = {name: tensor for name, tensor in state.items() if name in self.parameters}
+        check_adapter(given, {name: tuple(self.parameters[name].shape) for name in given}, whose=whose)
 
     def set_adapter(self, state: Mapping[str, Tensor]) -> None:
         """Copy LoRA tensors in; tensors of other stages are passed over, tensors that are not given stay."""

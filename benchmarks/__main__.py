@@ -1,0 +1,22 @@
+"""Run every benchmark, each in a process of its own, then write the summary and ``docs/benchmarks.md``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from benchmarks.summary import write_summary
+
+BENCHMARKS = ("training", "clients")
+
+
+def main() -> None:
+    """Run all, or those that are named."""
+    for name in sys.argv[1:] or BENCHMARKS:
+        print(f"== {name}", flush=True)
+        subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)
+    write_summary()
+
+
+if __name__ == "__main__":
+    main()

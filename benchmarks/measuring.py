@@ -1,0 +1,74 @@
+"""What the measurements share: the machine, the prompts, medians, and where results go."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+from pplr.backbones.base import Backbone, load_backbone
+from pplr.config import Config, load_config
+from pplr.runtimes.assembly import load_run_data
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Say what was measured on."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return {
+        "processor": model,
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+
+
+def use_all_cores() -> None:
+    """Let torch use what this process may use."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Tell a list of measurements by its median and its ends."""
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values), "count": len(values)}
+
+
+def real_batch(config: Config, backbone: Backbone, size: int) -> list[Any]:
+    """Encode real prompts of MovieLens-100K, as training would draw them."""
+    data = load_run_data(config.model_copy(update={"training": config.training.model_copy(update={"samples": size})}))
+    samples = [sample for own in data.samples.values() for sample in own][:size]
+    return backbone.encode(samples, data.dataset.catalog, config.data.history_items)
+
+
+def quickstart(*overrides: str) -> Config:
+    """Load the demo's configuration."""
+    return load_config(Path(__file__).parent.parent / "configs" / "quickstart.yaml", overrides)
+
+
+def backbone_of(config: Config) -> Backbone:
+    """Load a configuration's backbone, telling what is fetched."""
+    return load_backbone(config.backbone, print)
+
+
+def write_result(name: str, content: dict[str, Any]) -> None:
+    """Write one benchmark's result, with the machine it was taken on."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), **content}, indent=2) + "\n", encoding="utf-8")
+    print(f"wrote benchmarks/results/{path.name}")

@@ -1,0 +1,1 @@
+"""The usual ways, written out, to measure against."""
