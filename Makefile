@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_ARGS ?=
 RUN_DIR ?= runs/demo
-USER_ID ?= 13
+USER_ID ?= 50
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench clean
