@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from pplr import __version__
-from pplr.apps import data
+from pplr.apps import cutting, data
 from pplr.apps.options import ConfigPath, RunDir, Settings
 from pplr.errors import PplrError
 
@@ -56,6 +56,8 @@ app = typer.Typer(
     "language model that is cut between client and server.",
 )
 app.add_typer(data.app, name="data")
+app.command()(cutting.cut)
+app.command()(cutting.plan)
 
 
 def main() -> None:

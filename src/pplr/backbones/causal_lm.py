@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,11 +17,13 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTra
 
 from pplr.backbones.attention import ATTENTION
 from pplr.backbones.base import Backbone, Batch, Blocks, register
+from pplr.backbones.bundles import is_bundle, read_bundle
 from pplr.backbones.loading import load_pretrained
 from pplr.config import BackboneConfig, PromptConfig
 from pplr.data.interactions import Catalog
 from pplr.data.prompts import PromptTemplate, Sample
 from pplr.errors import BackboneError, DataError, UnsupportedModelError
+from pplr.storage import sha256_bytes
 
 __all__ = ["FAMILIES", "CausalLM", "DecoderBlocks", "EncodedSample"]
 
@@ -65,6 +68,11 @@ class DecoderBlocks(Blocks):
             for number, layer in enumerate(whole.layers[span.start : span.stop])
             for name, tensor in layer.state_dict().items()
         }
+        if absent := [name for name, tensor in tensors.items() if tensor.is_meta]:
+            block = span.start + int(absent[0].split(".")[1])
+            raise BackboneError(
+                f"this bundle of the model does not hold block {block}", cure="Use the bundle of the side that runs it."
+            )
         inner.load_state_dict(tensors, assign=True)
         inner.rotary_emb.to(next(iter(tensors.values())).device if tensors else "cpu")
         inner.requires_grad_(False)
@@ -97,7 +105,7 @@ class CausalLM(Backbone):
 
     Args:
         model: The frozen HF model.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer; ``None`` for a server's bundle, which handles no text.
         prompt: Words around a history.
         max_tokens: Longest prompt with its answer.
         folder: Where the model was loaded from, a folder or a hub id.
@@ -111,7 +119,7 @@ class CausalLM(Backbone):
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         *,
         prompt: PromptConfig | None = None,
         max_tokens: int = 512,
@@ -122,27 +130,40 @@ class CausalLM(Backbone):
                 f"models of the family {model.config.model_type!r} are not verified for causal_lm",
                 cure=f"Choose a model of one of these families: {', '.join(FAMILIES)}.",
             )
-        if tokenizer.eos_token_id is None:
+        if tokenizer is not None and tokenizer.eos_token_id is None:
             raise BackboneError(
                 f"the tokenizer of {folder or 'the model'} has no end token",
                 cure="Choose a model whose tokenizer has one.",
             )
         self.model = model.requires_grad_(False).eval()
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
         self.template = PromptTemplate(prompt or PromptConfig())
         self.max_tokens = max_tokens
         self.folder = folder
         self.total_layers = model.config.num_hidden_layers
         self.hidden_size = model.config.hidden_size
-        self.dtype = model.dtype
-        self.device = model.device
+        held = next(tensor for tensor in model.state_dict().values() if not tensor.is_meta)
+        self.dtype, self.device = held.dtype, held.device
+        self._room: tuple[Catalog, int] | None = None
+        if tokenizer is None:
+            return
         probe = tokenizer("x").input_ids
         starts = tokenizer.bos_token_id is not None and probe[:1] == [tokenizer.bos_token_id]
         self._start: tuple[int, ...] = (tokenizer.bos_token_id,) if starts else ()
         self.end_token = tokenizer.eos_token_id
         pad = tokenizer.pad_token_id
         self.pad_token = self.end_token if pad is None else pad
-        self._room: tuple[Catalog, int] | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer.
+
+        Raises:
+            BackboneError: This is a server's bundle, which has none.
+        """
+        if self._tokenizer is None:
+            raise BackboneError(f"{self.folder} is a server's bundle and handles no text", cure="Use the client's.")
+        return self._tokenizer
 
     @classmethod
     def load(cls, config: BackboneConfig, notify: Callable[[str], None] = lambda _: None) -> CausalLM:
@@ -271,8 +292,10 @@ class CausalLM(Backbone):
         return sum(tensors.values())
 
     def fingerprint(self) -> str:
-        """Hash every frozen tensor with its name and dtype."""
+        """Hash every frozen tensor with its name and dtype; for a bundle, the base it was cut from."""
         digest = hashlib.sha256()
+        if self.folder and is_bundle(Path(self.folder)):
+            return sha256_bytes(f"bundle {read_bundle(Path(self.folder)).base_sha256} {self.dtype}".encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)))

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,12 +26,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from pplr.backbones.bundles import is_bundle, read_bundle
 from pplr.config import BackboneConfig
 from pplr.data.fetching import fetch_wheel
 from pplr.errors import BackboneError, UnsupportedModelError, nearest
 from pplr.storage import cache_dir, sha256_file, storage_errors, write_json
 
-__all__ = ["SHORT_NAMES", "load_pretrained"]
+__all__ = ["SHORT_NAMES", "find_checkpoint", "load_pretrained"]
 
 Notify = Callable[[str], None]
 
@@ -61,7 +64,7 @@ SHORT_NAMES: dict[str, _WheelModel] = {
 
 def load_pretrained(
     config: BackboneConfig, families: Sequence[str], notify: Notify
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str]:
     """Load a frozen decoder and its tokenizer.
 
     A GGUF model is dequantised once to plain float32 tensors in the cache, checked by SHA-256 when it is used again.
@@ -73,6 +76,8 @@ def load_pretrained(
 
     Returns:
         The model in ``config.dtype`` on ``config.device``, the tokenizer, and the folder or hub id it was loaded from.
+        From a bundle (:mod:`pplr.backbones.bundles`), the blocks that it does not hold stay without memory on the meta
+        device, and a server's has no tokenizer.
 
     Raises:
         BackboneError: Nothing is there, what is there cannot be read or is not whole, or the device cannot be used.
@@ -81,20 +86,9 @@ def load_pretrained(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     name = config.model
-    folder: str | Path
-    if name in SHORT_NAMES:
-        folder = _from_wheel(name, SHORT_NAMES[name], notify)
-    elif Path(name).suffix == ".gguf":
-        folder = _from_gguf(Path(name), notify)
-    elif Path(name).is_dir():
-        folder = Path(name)
-    elif "/" in name and not name.startswith((".", "/", "~")) and name.count("/") == 1:
-        folder = name
-    else:
-        raise BackboneError(
-            f"no model {name!r}: it is not a short name, a folder, a .gguf file or a hub id (owner/name)",
-            cure=nearest(name, SHORT_NAMES),
-        )
+    folder = _find(name, notify)
+    if isinstance(folder, Path) and is_bundle(folder):
+        return _from_bundle(folder, config, families)
     options: dict[str, Any] = {} if config.revision is None else {"revision": config.revision}
     try:
         torch.empty(0, device=config.device)
@@ -128,6 +122,70 @@ def load_pretrained(
             cure="Give a folder that holds config.json, safetensors and a tokenizer, a hub id that can be reached, "
             f"or one of {', '.join(SHORT_NAMES)}.",
         ) from error
+    return model, tokenizer, str(folder)
+
+
+def _find(name: str, notify: Notify) -> str | Path:
+    """Turn a model's name into a folder, or into a hub id."""
+    if name in SHORT_NAMES:
+        return _from_wheel(name, SHORT_NAMES[name], notify)
+    if Path(name).suffix == ".gguf":
+        return _from_gguf(Path(name), notify)
+    if Path(name).is_dir():
+        return Path(name)
+    if "/" in name and not name.startswith((".", "/", "~")) and name.count("/") == 1:
+        return name
+    raise BackboneError(
+        f"no model {name!r}: it is not a short name, a folder, a .gguf file or a hub id (owner/name)",
+        cure=nearest(name, SHORT_NAMES),
+    )
+
+
+def find_checkpoint(name: str, notify: Notify = lambda _: None) -> Path:
+    """Find a model's checkpoint as a folder, without loading it.
+
+    Args:
+        name: A short name, a folder, a ``.gguf`` file or a hub id; a hub's files are fetched into the hub's own cache.
+        notify: Told in one line whatever is fetched or converted.
+
+    Raises:
+        BackboneError: Nothing is there.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    found = _find(name, notify)
+    if isinstance(found, Path):
+        return found
+    try:
+        return Path(snapshot_download(found, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+    except Exception as error:  # the hub's client raises many kinds
+        raise BackboneError(
+            f"cannot fetch {name!r} from the hub: {_one_line(error)}", cure="Give a folder that holds the model."
+        ) from error
+
+
+def _from_bundle(
+    folder: Path, config: BackboneConfig, families: Sequence[str]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str]:
+    """Load what a bundle holds into a model whose other tensors take no memory."""
+    bundle = read_bundle(folder)
+    model_config = AutoConfig.from_pretrained(folder)
+    if model_config.model_type not in families:
+        raise UnsupportedModelError(
+            f"{folder} is of the family {model_config.model_type!r}, which is not verified for {config.name}",
+            cure=f"Cut a model of one of these families: {', '.join(families)}.",
+        )
+    dtype = getattr(torch, config.dtype)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
+    tensors = {name: tensor.to(device=config.device, dtype=dtype) for name, tensor in bundle.tensors().items()}
+    tied = model_config.tie_word_embeddings and "lm_head.weight" not in tensors
+    if bundle.has_ends and tied:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    unknown = model.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
+    if unknown:
+        raise BackboneError(f"the bundle {folder} holds {unknown[0]}, which the model has not", cure="Cut it again.")
+    tokenizer = AutoTokenizer.from_pretrained(folder) if bundle.has_ends else None
     return model, tokenizer, str(folder)
 
 

@@ -32,15 +32,23 @@ class CutModel:
         plan: The cut.
         adapter: LoRA's settings.
         training: The optimizer's settings.
+        server: The base that the server's side holds, when the two sides hold parts of it apart.
     """
 
-    def __init__(self, backbone: Backbone, plan: CutPlan, adapter: AdapterConfig, training: TrainingConfig) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        plan: CutPlan,
+        adapter: AdapterConfig,
+        training: TrainingConfig,
+        server: Backbone | None = None,
+    ) -> None:
         self.backbone = backbone
         self.plan = plan
         self.training = training
         self.input = Stage(backbone, plan.input, adapter)
         self.output = Stage(backbone, plan.output, adapter)
-        self.host = None if plan.is_whole else StageHost(backbone, plan, adapter, training)
+        self.host = None if plan.is_whole else StageHost(server or backbone, plan, adapter, training)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
