@@ -12,6 +12,7 @@
     ├── TransportError         what happens between the two sides of the cut
     ├── AdapterError           an adapter that does not fit, or is not finite
     ├── FederationError        a server round that cannot be carried out
+    ├── IdentityError          a key, certificate or name that does not prove who is there
     └── RunError               a run folder that cannot be used
         ├── CheckpointError    a checkpoint that is truncated, altered or newer than this version
         └── StorageError       the disk is full or refuses to be written
@@ -34,6 +35,7 @@ __all__ = [
     "CutError",
     "DataError",
     "FederationError",
+    "IdentityError",
     "PartitionError",
     "PplrError",
     "RunError",
@@ -109,6 +111,10 @@ class AdapterError(PplrError):
 
 class FederationError(PplrError):
     """A server round that cannot be carried out."""
+
+
+class IdentityError(PplrError):
+    """A key, certificate or name that does not prove who is there."""
 
 
 class RunError(PplrError):

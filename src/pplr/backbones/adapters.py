@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from pplr.backbones.base import Backbone
 from pplr.config import AdapterConfig
 from pplr.errors import AdapterError, BackboneError
 from pplr.seeds import derive_seed
@@ -32,6 +33,7 @@ __all__ = [
     "AdapterSlots",
     "AdapterState",
     "SeededDropout",
+    "adapter_shapes",
     "check_adapter",
     "initial_adapter",
     "inject_adapter",
@@ -188,6 +190,17 @@ def inject_adapter(layers: nn.ModuleList, config: AdapterConfig, *, first_layer:
                 module.lora_dropout["default"] = SeededDropout(config.dropout)
             found[f"model.layers.{int(number) + first_layer}.{rest}"] = module
     return AdapterSlots(found)
+
+
+def adapter_shapes(backbone: Backbone, span: range, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """Work out the shape of every LoRA tensor of a span, whether or not its blocks are held here."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for block in span:
+        for name, (width_out, width_in) in backbone.linear_shapes(block).items():
+            if name.split(".")[-1] in config.target_modules:
+                shapes[f"{_PREFIX}{name}.lora_A.weight"] = (config.rank, width_in)
+                shapes[f"{_PREFIX}{name}.lora_B.weight"] = (width_out, config.rank)
+    return {name: shapes[name] for name in natural_order(shapes)}
 
 
 def initial_adapter(shapes: Mapping[str, tuple[int, ...]], seed: int) -> AdapterState:

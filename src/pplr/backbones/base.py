@@ -118,6 +118,10 @@ class Backbone(ABC):
         """
 
     @abstractmethod
+    def linear_shapes(self, block: int) -> dict[str, tuple[int, int]]:
+        """Say the (D_out, D_in) of every linear layer of a block, by its absolute name; the block need not be held."""
+
+    @abstractmethod
     def new_cache(self, blocks: Blocks) -> Any:
         """Make an empty key-value cache for a span of blocks."""
 

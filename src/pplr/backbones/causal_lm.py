@@ -175,6 +175,14 @@ class CausalLM(Backbone):
         """Build the blocks of a span; the frozen tensors are shared."""
         return DecoderBlocks(self.model.model, self.model.config, span)
 
+    def linear_shapes(self, block: int) -> dict[str, tuple[int, int]]:
+        """Say the (D_out, D_in) of every linear layer of a block, by its absolute name."""
+        return {
+            f"model.layers.{block}.{name}": (module.out_features, module.in_features)
+            for name, module in self.model.model.layers[block].named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
     def new_cache(self, blocks: Blocks) -> DynamicCache:
         """Make an empty cache of the span's own layer types."""
         return DynamicCache(config=cast(DecoderBlocks, blocks).config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplr.backbones.adapters import AdapterState, check_adapter, initial_adapter, natural_order
+from pplr.backbones.adapters import AdapterState, adapter_shapes, check_adapter, initial_adapter, natural_order
 from pplr.backbones.base import Backbone, Batch
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import CheckpointError
@@ -32,7 +32,8 @@ class CutModel:
         plan: The cut.
         adapter: LoRA's settings.
         training: The optimizer's settings.
-        server: The base that the server's side holds, when the two sides hold parts of it apart.
+        server: The base that the server's side holds, when the two sides hold parts of it apart in this process.
+        connect: Makes a client's transport to a server elsewhere; then this process hosts no middle stage.
     """
 
     def __init__(
@@ -42,20 +43,23 @@ class CutModel:
         adapter: AdapterConfig,
         training: TrainingConfig,
         server: Backbone | None = None,
+        connect: Callable[[str, CutPlan], Transport] | None = None,
     ) -> None:
         self.backbone = backbone
         self.plan = plan
         self.training = training
         self.input = Stage(backbone, plan.input, adapter)
         self.output = Stage(backbone, plan.output, adapter)
-        self.host = None if plan.is_whole else StageHost(server or backbone, plan, adapter, training)
+        self.host: StageHost | None = None
+        self._connect = None if plan.is_whole else connect
+        if self._connect is None and not plan.is_whole:
+            self.host = StageHost(server or backbone, plan, adapter, training)
+        self._middle_shapes = adapter_shapes(backbone, plan.middle, adapter)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every LoRA tensor of all stages, in natural order."""
-        found = self.input.shapes | self.output.shapes
-        if self.host is not None:
-            found |= self.host.stage.shapes
+        found = self.input.shapes | self.output.shapes | self._middle_shapes
         return {name: found[name] for name in natural_order(found)}
 
     def initial_adapter(self, seed: int) -> AdapterState:
@@ -65,8 +69,11 @@ class CutModel:
     def client(self, name: str, initial: Mapping[str, Tensor]) -> ClientModel:
         """Admit a client: it costs an adapter and an optimizer, and no copy of the base."""
         check_adapter(initial, self.shapes, whose=f"client {name}'s initial adapter")
-        transport = None
-        if self.host is not None:
+        transport: Transport | None = None
+        if self._connect is not None:
+            transport = self._connect(name, self.plan)
+            transport.set_adapter({tensor: initial[tensor] for tensor in self._middle_shapes})
+        elif self.host is not None:
             self.host.admit(name, initial)
             transport = LocalTransport(self.host, name)
         return ClientModel(self.input, self.output, transport, initial, self.training)
