@@ -16,7 +16,9 @@ import pplr
 
 HEAVY = ("torch", "transformers", "peft", "polars", "sklearn", "scipy", "implicit", "pandas", "numpy")
 MODULES = sorted(
-    module.name for module in pkgutil.walk_packages(pplr.__path__, "pplr.") if not module.name.endswith("__main__")
+    module.name
+    for module in pkgutil.walk_packages(pplr.__path__, "pplr.")
+    if not module.name.endswith(("__main__", "_pb2"))
 )
 
 

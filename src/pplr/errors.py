@@ -10,6 +10,7 @@
     │   └── UnsupportedModelError   a model family that pplr has not verified
     ├── CutError               a cut that does not fit the model
     ├── TransportError         what happens between the two sides of the cut
+    │   └── WireError          a message that is malformed or over a limit
     ├── AdapterError           an adapter that does not fit, or is not finite
     ├── FederationError        a server round that cannot be carried out
     ├── IdentityError          a key, certificate or name that does not prove who is there
@@ -44,6 +45,7 @@ __all__ = [
     "TransportError",
     "UnknownItemError",
     "UnsupportedModelError",
+    "WireError",
     "nearest",
 ]
 
@@ -103,6 +105,10 @@ class CutError(PplrError):
 
 class TransportError(PplrError):
     """What went wrong between the two sides of the cut."""
+
+
+class WireError(TransportError):
+    """A message between the two sides that is malformed or over a limit."""
 
 
 class AdapterError(PplrError):

@@ -370,3 +370,19 @@ def test_a_terminal_that_knows_no_unicode_gets_question_marks(tmp_path: Path) ->
     done = subprocess.run([*MAIN, "data", "import", log, *columns], capture_output=True, env=environment, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"caf?.inter" in done.stdout
+
+
+def test_a_command_whose_extra_is_missing_says_how_to_install_it(monkeypatch, tmp_path):
+    import sys
+
+    from typer.testing import CliRunner
+
+    from pplr.apps.cli import app
+
+    for name in [name for name in sys.modules if name.startswith(("cryptography", "pplr.runtimes.identity"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    monkeypatch.delitem(sys.modules, "pplr.runtimes.certificates", raising=False)
+    told = CliRunner().invoke(app, ["enroll", "list", "--federation", str(tmp_path)])
+    assert told.exit_code == 1
+    assert "pip install 'pplr[network]'" in told.stderr

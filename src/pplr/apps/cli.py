@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from pplr import __version__
-from pplr.apps import cutting, data
+from pplr.apps import cutting, data, enrolling
 from pplr.apps.options import ConfigPath, RunDir, Settings
 from pplr.errors import PplrError
 
@@ -22,6 +22,8 @@ __all__ = ["app", "main"]
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
+_EXTRAS = {"cryptography": "network", "grpc": "network", "google": "network"}
+"""Packages that only some commands need, and the extra that installs each."""
 
 
 class _Commands(TyperGroup):
@@ -40,6 +42,12 @@ class _Commands(TyperGroup):
         except BrokenPipeError as error:
             _silence()
             raise typer.Exit(_BROKEN_PIPE) from error
+        except ModuleNotFoundError as error:
+            extra = _EXTRAS.get((error.name or "").split(".")[0])
+            if extra is None:
+                raise
+            _complain(f"error: this command needs {error.name}. Install it with: pip install 'pplr[{extra}]'")
+            raise typer.Exit(1) from error
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -56,6 +64,7 @@ app = typer.Typer(
     "language model that is cut between client and server.",
 )
 app.add_typer(data.app, name="data")
+app.add_typer(enrolling.app, name="enroll")
 app.command()(cutting.cut)
 app.command()(cutting.plan)
 
