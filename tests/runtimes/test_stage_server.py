@@ -1,0 +1,234 @@
+"""The cut over a real socket with mutual TLS: as exact as in one process, and closed to whoever does not belong."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+
+from pplr.config import AdapterConfig, TrainingConfig
+from pplr.errors import TransportError
+from pplr.runtimes import codec
+from pplr.runtimes import stage_pb2 as pb
+from pplr.runtimes.framing import SERVICE, frames, joined
+from pplr.runtimes.identity import enroll_client, init_federation, read_kit, read_server, revoke
+from pplr.runtimes.stage_client import GrpcTransport
+from pplr.runtimes.stage_server import ServerLimits, StageServer
+from pplr.stages.cut import CutPlan
+from pplr.stages.model import CutModel
+from pplr.stages.optimizer import LocalObjective
+from pplr.stages.stage import StageCall
+from pplr.testing import TransportContract, random_adapter, refuses, tiny_backbone
+
+PLAN = CutPlan(1, 1, 4)
+ADAPTER = AdapterConfig(rank=2, dropout=0.2)
+TRAINING = TrainingConfig(learning_rate=0.01, warmup_steps=1)
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("federation")
+    init_federation(folder / "ca", "trees", ["localhost", "127.0.0.1"], address="localhost:1")
+    for name in ("one", "two", "three"):
+        enroll_client(folder / "ca", name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def serve(federation: Path):
+    with contextlib.ExitStack() as stack:
+
+        def start(backbone: Any = None, limits: ServerLimits | None = None, folder: Path | None = None) -> StageServer:
+            identity = read_server(folder or federation / "ca")
+            server = StageServer(backbone or tiny_backbone(), identity, "localhost:0", limits)
+            server.start()
+            stack.callback(server.stop, 0.0)
+            return server
+
+        yield start
+
+
+def connect(server: StageServer, kit: Path, plan: CutPlan = PLAN, **options: Any) -> GrpcTransport:
+    backbone = tiny_backbone()
+    settings: dict[str, Any] = {
+        "base_sha256": backbone.fingerprint(),
+        "width": backbone.hidden_size,
+        "adapter": ADAPTER,
+        "training": TRAINING,
+        "attempts": 1,
+        "timeout_s": 20.0,
+    }
+    return GrpcTransport(f"localhost:{server.port}", read_kit(kit), plan, **(settings | options))
+
+
+class TestGrpcTransport(TransportContract):
+    """What holds in one process holds over the network, bit for bit in float32."""
+
+    @pytest.fixture(autouse=True)
+    def _network(self, federation: Path, serve: Any) -> None:
+        self.federation, self.serve = federation, serve
+        self.servers: dict[int, StageServer] = {}
+
+    def connect(self, host, client):
+        server = self.servers.setdefault(id(host), self.serve())
+        transport = connect(server, self.federation / client)
+        transport.set_adapter(host.adapter(client))
+        return transport
+
+
+def raw(server: StageServer, kit: Path, method: str, request: Any) -> bytes:
+    """Call without any of the client's care."""
+    own = read_kit(kit)
+    credentials = grpc.ssl_channel_credentials(own.ca_pem, own.key_pem, own.certificate_pem)
+    with grpc.secure_channel(f"localhost:{server.port}", credentials) as channel:
+        content = request if isinstance(request, bytes) else request.SerializeToString()
+        return joined(channel.stream_stream(f"/{SERVICE}/{method}")(frames(content), timeout=20), 2**24)
+
+
+def test_clients_of_different_cuts_share_one_base(federation, serve) -> None:
+    backbone = tiny_backbone()
+    server = serve(backbone)
+    for name, plan in (("one", CutPlan(1, 1, 4)), ("two", CutPlan(0, 0, 4)), ("three", CutPlan(2, 1, 4))):
+        local = CutModel(backbone, plan, ADAPTER, TRAINING)
+        remote = CutModel(
+            backbone,
+            plan,
+            ADAPTER,
+            TRAINING,
+            connect=lambda _, plan, name=name: connect(server, federation / name, plan),
+        )
+        start = random_adapter(local.shapes, seed=3)
+        assert remote.shapes == local.shapes
+        ended = []
+        for cut in (local, remote):
+            model = cut.client("a", start)
+            model.begin_round(2)
+            for step in range(2):
+                batch = backbone.pad([list(range(20)), list(range(30, 40))], [12, 5])
+                (model.train_loss(batch, step) / batch.targets).backward()
+                model.optimizer_step(0.5)
+            ended.append(model.adapter())
+        assert all(torch.equal(ended[0][tensor], ended[1][tensor]) for tensor in start)
+
+
+def test_a_request_that_is_sent_again_gets_the_same_reply_and_nothing_happens_twice(federation, serve) -> None:
+    server = serve()
+    transport = connect(server, federation / "one")
+    transport.set_adapter({name: torch.ones_like(tensor) for name, tensor in transport.adapter().items()})
+    transport.begin_round(5, LocalObjective(), None)
+    states, lengths = torch.randn(2, 3, 32), torch.tensor([3, 2])
+    transport.forward(states, lengths, StageCall(), keep_as=1)
+    transport.backward(1, states, lengths)
+    request = pb.StepRequest(header=transport._header(), scale=1.0)
+    first = raw(server, federation / "one", "OptimizerStep", request)
+    assert raw(server, federation / "one", "OptimizerStep", request) == first
+    assert int(transport.optimizer_state()["steps"]) == 1
+
+
+@pytest.mark.parametrize("ahead", [-1, 2, 100])
+def test_a_request_out_of_order_is_refused_and_changes_nothing(federation, serve, ahead) -> None:
+    server = serve()
+    transport = connect(server, federation / "one")
+    before = transport.adapter()
+    for _ in range(3):
+        transport.adapter()
+    header = pb.Header(session=transport._session, sequence=transport._sequence + ahead)
+    with pytest.raises(grpc.RpcError) as refused:
+        raw(server, federation / "one", "OptimizerStep", pb.StepRequest(header=header, scale=1.0))
+    assert refused.value.code() is grpc.StatusCode.OUT_OF_RANGE
+    after = transport.adapter()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert int(transport.optimizer_state()["steps"]) == 0
+
+
+def test_another_clients_session_is_refused(federation, serve) -> None:
+    server = serve()
+    one, two = connect(server, federation / "one"), connect(server, federation / "two")
+    request = pb.SimpleRequest(header=pb.Header(session=one._session, sequence=one._sequence + 1))
+    assert raw(server, federation / "one", "Adapter", request)  # its owner may
+    request = pb.SimpleRequest(header=pb.Header(session=one._session, sequence=one._sequence + 2))
+    with pytest.raises(grpc.RpcError) as refused:
+        raw(server, federation / "two", "Adapter", request)
+    assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert two.adapter()
+
+
+def test_a_revoked_client_is_refused_at_its_next_call(tmp_path, federation, serve) -> None:
+    shutil.copytree(federation / "ca", tmp_path / "ca")
+    server = serve(folder=tmp_path / "ca")
+    one, two = connect(server, federation / "one"), connect(server, federation / "two")
+    assert one.adapter()
+    revoke(tmp_path / "ca", "one")
+    with refuses(TransportError, "revoked"):
+        one.adapter()
+    assert two.adapter()
+
+
+def test_a_stranger_and_plain_text_do_not_get_in(tmp_path, federation, serve) -> None:
+    server = serve()
+    init_federation(tmp_path / "other", "others", ["localhost"], address="localhost:1")
+    enroll_client(tmp_path / "other", "one", tmp_path / "one")
+    with refuses(TransportError, "does not answer"):
+        connect(server, tmp_path / "one")
+    with grpc.insecure_channel(f"localhost:{server.port}") as channel, pytest.raises(grpc.RpcError):
+        list(channel.stream_stream(f"/{SERVICE}/Hello")(frames(b""), timeout=5))
+    assert connect(server, federation / "one").adapter()
+
+
+def test_a_bundle_of_another_base_is_refused(federation, serve) -> None:
+    server = serve(tiny_backbone(seed=1))
+    with refuses(TransportError, "another base"):
+        connect(server, federation / "one")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e9])
+@pytest.mark.parametrize("method", ["forward", "backward"])
+def test_values_that_would_poison_are_refused_before_they_meet_anything(federation, serve, value, method) -> None:
+    server = serve()
+    one, two = connect(server, federation / "one"), connect(server, federation / "two")
+    before = {name: tensor.clone() for name, tensor in two.adapter().items()}
+    states, lengths = torch.randn(1, 2, 32), torch.tensor([2])
+    one.forward(states, lengths, StageCall(), keep_as=1)
+    bad = states.clone()
+    bad[0, 1, 3] = value
+    message = codec.encode_states(states, lengths, codec.Wire.FLOAT32)
+    message.data = bad.numpy().tobytes()
+    header = one._header()
+    kinds = {"forward": ("Forward", pb.ForwardRequest), "backward": ("Backward", pb.BackwardRequest)}
+    name, kind = kinds[method]
+    with pytest.raises(grpc.RpcError) as refused:
+        raw(server, federation / "one", name, kind(header=header, states=message, step=1))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    after = two.adapter()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_is_over_a_limit_is_refused(federation, serve) -> None:
+    server = serve(limits=ServerLimits(max_rows=2, max_tokens=4, max_caches=1, max_kept=1, max_message_bytes=4096))
+    one = connect(server, federation / "one")
+    fine = torch.randn(2, 4, 32)
+    one.forward(fine, torch.tensor([4, 4]), StageCall(), keep_as=1)
+    with refuses(TransportError, "too many forward passes"):
+        one.forward(fine, torch.tensor([4, 4]), StageCall(), keep_as=2)
+    with refuses(TransportError, ""):
+        one.forward(torch.randn(3, 4, 32), torch.tensor([4, 4, 4]), StageCall(), keep_as=None)
+    with refuses(TransportError, ""):
+        one.forward(torch.randn(1, 5, 32), torch.tensor([5]), StageCall(), keep_as=None)
+    one.open_cache()
+    with refuses(TransportError, "too many open caches"):
+        one.open_cache()
+    with refuses(TransportError, "at most 4096"):
+        one.forward(torch.randn(200, 4, 32), torch.full((200,), 4), StageCall(), keep_as=None)
+
+
+def test_a_lost_server_is_an_error_that_says_what_to_do(federation, serve) -> None:
+    server = serve()
+    one = connect(server, federation / "one", attempts=2, timeout_s=3.0)
+    server.stop(0.0)
+    with refuses(TransportError, "does not answer"):
+        one.adapter()
