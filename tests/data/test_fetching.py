@@ -70,7 +70,7 @@ def test_offline_and_uncached_names_the_file_and_its_place(index: Path, tmp_path
     with pytest.raises(SourceError) as caught:
         _fetch(into, "0" * 64)
     assert str(place) in caught.value.cure
-    assert "pypi.org/project/tiny-data/1.0" in caught.value.cure
+    assert "pip download --no-deps tiny-data==1.0" in caught.value.cure
     assert "\n" not in str(caught.value)
     sha256 = sha256_file(_make_wheel(place.parent))
     assert (_fetch(into, sha256) / "a.txt").read_text() == "alpha"
@@ -204,20 +204,14 @@ def test_archives_that_do_not_come_whole(serve: Callable[[bytes | None], None], 
     assert (fetch_archive(URL, None, members, into) / "a.txt").read_text() == "by hand"
 
 
-def test_without_pip_the_index_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_pip_a_wheel_is_not_fetched_but_taken_where_it_was_put(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(fetching.importlib.util, "find_spec", lambda name: None)
-    content = _make_wheel(tmp_path).read_bytes()
-    release = json.dumps({"urls": [{"filename": WHEEL, "url": f"https://example.org/{WHEEL}"}]}).encode()
-
-    def answer(request: fetching.urllib.request.Request, timeout: float) -> _Response:
-        body = release if request.full_url.endswith("/tiny-data/1.0/json") else content
-        return _Response(body, len(body))
-
-    monkeypatch.setattr("urllib.request.urlopen", answer)
-    assert (_fetch(tmp_path / "into", sha256_bytes(content)) / "a.txt").read_text() == "alpha"
-    release = b'{"urls": []}'
-    with pytest.raises(SourceError, match="Python has no pip"):
-        _fetch(tmp_path / "other", sha256_bytes(content))
+    with pytest.raises(SourceError, match="ensurepip"):
+        _fetch(tmp_path / "into", "0" * 64)
+    sha256 = sha256_file(_make_wheel(cache_dir() / "wheels"))
+    assert (_fetch(tmp_path / "into", sha256) / "a.txt").read_text() == "alpha"
 
 
 def test_the_first_way_that_is_cached_or_reached(serve: Callable[[bytes | None], None], tmp_path: Path) -> None:

