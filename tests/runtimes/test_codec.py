@@ -117,7 +117,7 @@ def test_int8_is_off_by_half_a_step_at_most(lengths: list[int], width: int, left
     assert torch.equal(came, naive(came, counts, left=left))
 
 
-@pytest.mark.parametrize("smallest", [0.0, 1e-45, 3e-45, 1e-38])
+@pytest.mark.parametrize("smallest", [0.0, 1e-45, 3e-45, 2.6e-43, 1e-38])
 def test_int8_bears_zero_and_nearly_zero_vectors(smallest: float):
     states = torch.full((1, 2, 3), smallest)
     states[0, 1] = torch.tensor([1.0, 0.0, -2.0])
@@ -250,6 +250,9 @@ def test_limits_hold_at_their_edge(wire: Wire):
     for limits in ({"max_rows": 1}, {"max_tokens": 2}, {"max_message_bytes": size - 1}):
         with refuses(WireError):
             read(message, **limits)
+    for width in (3, 5):
+        with refuses(WireError, f"states 4 wide, expected {width}"):
+            read(message, width=width)
     with refuses(WireError, "floating point"):
         read(message, torch.int64)
 
@@ -272,7 +275,10 @@ def test_numbers_beyond_belief_are_refused(wire: Wire, number: float):
     message.data = bytes(raw)
     with refuses(WireError):
         read(message)
-    if math.isfinite(number) and abs(number) < 1e38:
+    if not math.isfinite(number):
+        with refuses(WireError, "not finite"):
+            read(message, max_norm=math.inf)
+    elif abs(number) < 1e38:
         read(message, max_norm=1e7)
 
 
