@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,14 @@ def test_the_cache_is_where_it_is_asked_to_be(tmp_path: Path, monkeypatch: pytes
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_dir() == tmp_path / ".cache" / "pplr"
     assert not cache_dir().exists()
+
+
+def test_the_mode_is_as_asked_and_nobody_else_reads_before(tmp_path, monkeypatch):
+    seen = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (seen.append(stat.S_IMODE(os.fstat(fd).st_mode)), real(fd))[1])
+    write_atomic(tmp_path / "key", b"secret", mode=0o600)
+    assert seen[0] == 0o600
+    assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
+    write_atomic(tmp_path / "open", b"told")
+    assert stat.S_IMODE((tmp_path / "open").stat().st_mode) == 0o644

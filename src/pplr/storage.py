@@ -54,8 +54,15 @@ def storage_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     """Write a file so that a reader sees the old bytes or the new ones, never a part, even after a crash.
+
+    Until it is in place, only its owner can read it.
+
+    Args:
+        path: Where; folders above it are made.
+        content: The bytes.
+        mode: Permissions of the finished file.
 
     Raises:
         StorageError: The disk is full or refuses; the file that was there before is untouched.
@@ -68,7 +75,7 @@ def write_atomic(path: Path, content: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # noqa: PTH101
+            os.chmod(temporary, mode)  # noqa: PTH101
             os.replace(temporary, path)  # noqa: PTH105
         except BaseException:
             with contextlib.suppress(OSError):
