@@ -232,3 +232,63 @@ def test_a_lost_server_is_an_error_that_says_what_to_do(federation, serve) -> No
     server.stop(0.0)
     with refuses(TransportError, "does not answer"):
         one.adapter()
+
+
+def test_an_adapter_that_would_fill_the_memory_is_refused(federation, serve) -> None:
+    server = serve()
+    assert connect(server, federation / "two", adapter=AdapterConfig(rank=32)).adapter()
+    with refuses(TransportError, "at most 32 is granted"):
+        connect(server, federation / "one", adapter=AdapterConfig(rank=33))
+
+
+def test_changing_settings_again_and_again_leaves_nothing_behind(federation, serve) -> None:
+    server = serve()
+    for rate in range(1, 6):
+        connect(server, federation / "one", training=TrainingConfig(learning_rate=rate / 100))
+    assert len(server._hosts) == 1
+    connect(server, federation / "two")
+    assert len(server._hosts) == 2
+
+
+@pytest.mark.parametrize(("steps", "pull"), [(0, 0.0), (5, -1.0), (5, float("nan")), (5, float("inf"))])
+def test_a_round_that_makes_no_sense_is_refused(federation, serve, steps, pull) -> None:
+    one = connect(serve(), federation / "one")
+    one.begin_round(5, LocalObjective(), None)
+    request = pb.BeginRoundRequest(header=one._header(), total_steps=steps, proximal_mu=pull, train_a=True)
+    with refuses(TransportError, "a round of no steps"):
+        one._exchange("BeginRound", request, pb.Done)
+
+
+@pytest.mark.parametrize("spoil", ["steps", "exp_avg_sq", "none"])
+def test_an_optimizer_state_that_makes_no_sense_is_refused(federation, serve, spoil) -> None:
+    one = connect(serve(), federation / "one")
+    one.set_adapter({name: torch.ones_like(tensor) for name, tensor in one.adapter().items()})
+    one.begin_round(5, LocalObjective(), None)
+    states, lengths = torch.randn(2, 3, 32), torch.tensor([3, 2])
+    one.forward(states, lengths, StageCall(), keep_as=1)
+    one.backward(1, states, lengths)
+    one.optimizer_step(1.0)
+    kept = one.optimizer_state()
+    one.restore_optimizer(kept)
+    if spoil == "none":
+        bad = {name: tensor for name, tensor in kept.items() if name != "steps"}
+    else:
+        name = next(name for name in kept if name.startswith(spoil))
+        bad = kept | {name: -kept[name] - 1}
+    with refuses(TransportError, "an optimizer state"):
+        one.restore_optimizer(bad)
+    after = one.optimizer_state()
+    assert all(torch.equal(kept[name], after[name]) for name in kept)
+
+
+def test_rows_and_lengths_that_do_not_meet_the_cache_are_refused(federation, serve) -> None:
+    one = connect(serve(), federation / "one")
+    cache = one.open_cache()
+    mask = torch.ones(2, 4, dtype=torch.long)
+    one.decode(torch.randn(2, 4, 32), StageCall(attention_mask=mask), cache)
+    one.reorder_cache(cache, torch.tensor([1, 0]))
+    with refuses(TransportError, "refused ReorderCache"):
+        one.reorder_cache(cache, torch.tensor([7]))
+    with refuses(TransportError, "refused Decode"):
+        one.decode(torch.randn(3, 1, 32), StageCall(attention_mask=torch.ones(3, 5, dtype=torch.long)), cache)
+    assert one.adapter()

@@ -110,7 +110,7 @@ class GrpcTransport:
         for attempt in range(1, self._attempts + 1):
             try:
                 reply = joined(call(frames(content), timeout=self._timeout_s), self._max_bytes)
-                return kind.FromString(reply[1:] if name != "Hello" else reply)
+                return kind.FromString(reply)
             except grpc.RpcError as error:
                 code, details = error.code(), error.details() or ""
                 if code in _RETRIED and attempt < self._attempts:

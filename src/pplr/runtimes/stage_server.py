@@ -8,11 +8,12 @@ anything is allocated. Nothing of a tensor is logged.
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ from typing import Any, NoReturn
 import grpc
 import torch
 from google.protobuf.message import DecodeError, Message
+from torch import Tensor
 
 from pplr.backbones.base import Backbone
 from pplr.config import AdapterConfig, TrainingConfig
@@ -75,7 +77,7 @@ class _Session:
     host: StageHost
     wire: Wire
     sequence: int = 0
-    reply: bytes = b""
+    reply: bytes | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     kept: set[int] = field(default_factory=set)
     caches: dict[int, float] = field(default_factory=dict)
@@ -226,7 +228,7 @@ class StageServer:
             raise _RefusedError(grpc.StatusCode.FAILED_PRECONDITION, "this is not a session of yours; say hello again")
         with session.lock:
             sequence = request.header.sequence
-            if sequence == session.sequence and session.reply:
+            if sequence == session.sequence and session.reply is not None:
                 return session.reply
             if sequence != session.sequence + 1:
                 raise _RefusedError(
@@ -235,9 +237,14 @@ class StageServer:
                 )
             with self._compute:
                 self._expire(session)
-                reply = handler(session, request).SerializeToString()
-            session.sequence, session.reply = sequence, b"\x00" + reply
-            return session.reply
+                try:
+                    reply = handler(session, request).SerializeToString()
+                except (RuntimeError, IndexError, ValueError) as error:  # what torch says of shapes that do not meet
+                    raise _RefusedError(
+                        grpc.StatusCode.INVALID_ARGUMENT, "the request does not fit what is kept for you"
+                    ) from error
+            session.sequence, session.reply = sequence, reply
+            return reply
 
     def _expire(self, session: _Session) -> None:
         """Close caches that nobody used for long."""
@@ -259,6 +266,11 @@ class StageServer:
             training = TrainingConfig.model_validate_json(request.training_json)
         except ValueError as error:
             raise _RefusedError(grpc.StatusCode.INVALID_ARGUMENT, "unreadable adapter or training settings") from error
+        if adapter.rank > self._backbone.hidden_size:
+            raise _RefusedError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"an adapter of rank {adapter.rank}, at most {self._backbone.hidden_size} is granted",
+            )
         key = json.dumps([plan.input_layers, plan.output_layers, adapter.model_dump(), training.model_dump()])
         with self._registry, self._compute:
             if client not in self._home and len(self._home) >= self.limits.max_clients:
@@ -269,6 +281,9 @@ class StageServer:
             before = self._home.get(client)
             if before is not None and before != key:
                 self._hosts[before].dismiss(client)
+                del self._home[client]
+                if before not in self._home.values():
+                    del self._hosts[before]
                 before = None
             if before is None:
                 host.admit(client, {name: torch.zeros(shape) for name, shape in host.stage.shapes.items()})
@@ -312,7 +327,11 @@ class StageServer:
         return pb.Done()
 
     def _begin_round(self, session: _Session, request: Any) -> Any:
-        anchor = self._tensors_in(session, request.anchor) if request.has_anchor else None
+        anchor = None
+        if request.has_anchor:
+            anchor = self._tensors_in(session, request.anchor, session.host.stage.shapes, "anchor")
+        if not (math.isfinite(request.proximal_mu) and request.proximal_mu >= 0 and request.total_steps >= 1):
+            raise _RefusedError(grpc.StatusCode.INVALID_ARGUMENT, "a round of no steps, or a pull that is no strength")
         objective = LocalObjective(proximal_mu=request.proximal_mu, train_a=request.train_a)
         session.host.begin_round(session.client, request.total_steps, objective, anchor)
         return pb.Done()
@@ -365,11 +384,13 @@ class StageServer:
     def _adapter(self, session: _Session, request: Any) -> Any:
         return pb.TensorsReply(tensors=codec.encode_tensors(session.host.adapter(session.client)))
 
-    def _tensors_in(self, session: _Session, message: Any) -> dict[str, Any]:
+    def _tensors_in(
+        self, session: _Session, message: Any, expected: Mapping[str, tuple[int, ...]] | None, what: str
+    ) -> dict[str, Tensor]:
         return codec.decode_tensors(
             message,
-            session.host.stage.shapes,
-            whose=f"client {session.client}'s middle adapter",
+            expected,
+            whose=f"client {session.client}'s {what}",
             max_bytes=self.limits.max_message_bytes,
             max_norm=None,
         )
@@ -377,27 +398,20 @@ class StageServer:
     def _set_adapter(self, session: _Session, request: Any) -> Any:
         given = {tensor.name for tensor in request.tensors.tensors}
         shapes = {name: shape for name, shape in session.host.stage.shapes.items() if name in given}
-        tensors = codec.decode_tensors(
-            request.tensors,
-            shapes,
-            whose=f"client {session.client}'s middle adapter",
-            max_bytes=self.limits.max_message_bytes,
-            max_norm=None,
-        )
-        session.host.set_adapter(session.client, tensors)
+        session.host.set_adapter(session.client, self._tensors_in(session, request.tensors, shapes, "middle adapter"))
         return pb.Done()
 
     def _optimizer_state(self, session: _Session, request: Any) -> Any:
         return pb.TensorsReply(tensors=codec.encode_tensors(session.host.optimizer_state(session.client)))
 
     def _restore_optimizer(self, session: _Session, request: Any) -> Any:
-        tensors = codec.decode_tensors(
-            request.tensors,
-            None,
-            whose=f"client {session.client}'s optimizer state",
-            max_bytes=self.limits.max_message_bytes,
-            max_norm=None,
-        )
+        tensors = self._tensors_in(session, request.tensors, None, "optimizer state")
+        if "steps" not in tensors or any(
+            bool((tensor < 0).any()) for name, tensor in tensors.items() if not name.startswith("exp_avg.")
+        ):
+            raise _RefusedError(
+                grpc.StatusCode.INVALID_ARGUMENT, "an optimizer state without steps, or with negative ones or moments"
+            )
         session.host.restore_optimizer(session.client, tensors)
         return pb.Done()
 
