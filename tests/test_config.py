@@ -89,7 +89,7 @@ def test_a_part_of_a_file_is_enough(written):
         ("federation:\n  ronuds: 3\n", "unknown key 'federation.ronuds'. Did you mean 'rounds'?"),
         ("federaton: {}\n", "unknown key 'federaton'. Did you mean 'federation'?"),
         ("rounds: 3\n", "unknown key 'rounds'. Did you mean 'federation.rounds'?"),
-        ("cut:\n  middle: 3\n", "unknown key 'cut.middle'. Known: 'input_layers', 'output_layers'."),
+        ("cut:\n  middle: 3\n", "unknown key 'cut.middle'. Known: 'by_client', 'input_layers', 'output_layers'."),
         ("backbone:\n  prompt:\n    nuon: x\n", "unknown key 'backbone.prompt.nuon'. Did you mean 'noun'?"),
         ("a: 1\nb: 2\n", "(and 1 more)"),
         ("- 1\n- 2\n", "holds a list, not sections"),

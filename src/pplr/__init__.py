@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pplr.config import Config, config_template, load_config
     from pplr.errors import PplrError
+    from pplr.runtimes.address import StageServerAt
     from pplr.runtimes.in_process import train
     from pplr.runtimes.run import Recommendation, Run, open_run
 
@@ -26,6 +27,7 @@ __all__ = [
     "PplrError",
     "Recommendation",
     "Run",
+    "StageServerAt",
     "__version__",
     "config_template",
     "load_config",
@@ -38,6 +40,7 @@ _HOME = {
     "PplrError": "pplr.errors",
     "Recommendation": "pplr.runtimes.run",
     "Run": "pplr.runtimes.run",
+    "StageServerAt": "pplr.runtimes.address",
     "config_template": "pplr.config",
     "load_config": "pplr.config",
     "open_run": "pplr.runtimes.run",

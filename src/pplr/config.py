@@ -18,6 +18,7 @@ from pplr.errors import ConfigError, nearest
 __all__ = [
     "AdapterConfig",
     "BackboneConfig",
+    "ClientCutConfig",
     "Config",
     "CutConfig",
     "DataConfig",
@@ -157,14 +158,22 @@ class BackboneConfig(_Section):
     """The words around a history."""
 
 
-class CutConfig(_Section):
-    """Where the model is divided: the client holds both ends, the server the middle."""
+class ClientCutConfig(_Section):
+    """Where one client's model is divided."""
 
     input_layers: int = Field(default=2, ge=0)
     """k: blocks after the embeddings that stay on the client."""
 
     output_layers: int = Field(default=1, ge=0)
     """m: blocks before the norm and the head that stay on the client."""
+
+
+class CutConfig(ClientCutConfig):
+    """Where the model is divided: the client holds both ends, the server the middle."""
+
+    by_client: dict[str, ClientCutConfig] = Field(default_factory=dict)
+    """Clients whose cut is another, by name, such as `{"2": {input_layers: 4, output_layers: 2}}`. Adapters are mixed
+    block by block, wherever a block is hosted."""
 
 
 class AdapterConfig(_Section):
@@ -303,6 +312,10 @@ class RuntimeConfig(_Section):
 
     threads: int | None = Field(default=None, ge=1)
     """Compute threads; the machine's cores when absent. Results are bitwise repeatable for one number of threads."""
+
+    wire: Literal["exact", "float32", "bfloat16", "int8"] = "exact"
+    """How hidden states and gradients travel to a stage server. `exact` keeps every bit of `backbone.dtype`;
+    `bfloat16` and `int8` (with a scale for each token) round. Without a stage server nothing travels."""
 
 
 class RunConfig(_Section):

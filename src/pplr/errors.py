@@ -10,6 +10,7 @@
     │   └── UnsupportedModelError   a model family that pplr has not verified
     ├── CutError               a cut that does not fit the model
     ├── TransportError         what happens between the two sides of the cut
+    │   ├── ServerLostError    a stage server that does not answer any more, or knows the session no more
     │   └── WireError          a message that is malformed or over a limit
     ├── AdapterError           an adapter that does not fit, or is not finite
     ├── FederationError        a server round that cannot be carried out
@@ -40,6 +41,7 @@ __all__ = [
     "PartitionError",
     "PplrError",
     "RunError",
+    "ServerLostError",
     "SourceError",
     "StorageError",
     "TransportError",
@@ -105,6 +107,10 @@ class CutError(PplrError):
 
 class TransportError(PplrError):
     """What went wrong between the two sides of the cut."""
+
+
+class ServerLostError(TransportError):
+    """A stage server that does not answer any more, or that was started anew; the run can be resumed."""
 
 
 class WireError(TransportError):

@@ -17,6 +17,7 @@ from pplr import __version__
 from pplr.apps.cli import app
 from pplr.config import Config, load_config
 from pplr.errors import PartitionError, RunError
+from pplr.runtimes.address import StageServerAt
 
 HEAVY = {"torch", "transformers", "peft", "polars", "sklearn", "scipy", "numpy", "implicit", "safetensors"}
 MARKUP = "[bold]x[/bold] (1999)"
@@ -221,8 +222,8 @@ def test_training_tells_its_rounds_and_ends_with_the_table(
 ) -> None:
     seen: dict[str, Any] = {}
 
-    def train(config: Config, folder: Path, *, resume: bool, progress: Any) -> Any:
-        seen.update(config=config, folder=folder, resume=resume)
+    def train(config: Config, folder: Path, *, resume: bool, progress: Any, stage_server: Any) -> Any:
+        seen.update(config=config, folder=folder, resume=resume, server=stage_server)
         with progress.task("server round 1, client 0", 64, "samples") as advance:
             advance(64)
         progress.server_round(round_record)
@@ -238,8 +239,29 @@ def test_training_tells_its_rounds_and_ends_with_the_table(
     assert "server round 1 of 3" in lines
     assert any(line.startswith("overall") for line in lines)
     assert lines[-1] == "run folder: runs/shop"
-    run("train", "shop.yaml", "--run-dir", "elsewhere", "--resume")
+    assert seen["server"] is None
+    run("train", "shop.yaml", "--run-dir", "elsewhere", "--resume", "--kit", "kits", "--stage-server", "there:1")
     assert (seen["folder"], seen["resume"]) == (Path("elsewhere"), True)
+    assert seen["server"] == StageServerAt(Path("kits"), "there:1")
+
+
+@pytest.mark.parametrize("command", [("evaluate",), ("recommend", "--client", "0", "--user", "1")])
+def test_a_kit_alone_leads_to_its_server_and_an_address_alone_to_nobody(
+    command: tuple[str, ...], runtime: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> Any:
+        raise RunError("seen", cure="Stop.")
+
+    runtime.open_run = refuse
+    name, *options = command
+    run(name, "runs/a", *options, "--kit", "kits")
+    monkeypatch.setenv("PPLR_KIT", "elsewhere")
+    run(name, "runs/a", *options)
+    assert runtime.servers == [StageServerAt(Path("kits")), StageServerAt(Path("elsewhere"))]
+    monkeypatch.delenv("PPLR_KIT")
+    alone = run(name, "runs/a", *options, "--stage-server", "there:1")
+    assert alone.exit_code == 2
+    assert "--kit" in alone.output
 
 
 def test_ctrl_c_says_in_one_line_how_to_go_on(runtime: SimpleNamespace) -> None:

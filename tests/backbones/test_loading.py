@@ -290,7 +290,7 @@ def test_a_short_name_is_fetched_converted_and_told(tmp_path: Path, monkeypatch:
 def test_the_real_small_model_is_cut_as_it_is_whole(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("PPLR_CACHE")  # the person's own cache, so that it is fetched once
     try:
-        backbone = load("smollm2-135m", dtype="bfloat16")
+        backbone = load("smollm2-135m", dtype="float32")
     except SourceError as error:
         pytest.skip(f"the model cannot be had here: {error}")
     assert (backbone.total_layers, backbone.hidden_size) == (30, 576)
@@ -301,3 +301,20 @@ def test_the_real_small_model_is_cut_as_it_is_whole(monkeypatch: pytest.MonkeyPa
         whole = backbone.model(input_ids=batch.input_ids).logits
     assert torch.equal(backbone.logits(states).argmax(-1), whole.argmax(-1))
     torch.testing.assert_close(backbone.logits(states), whole)
+
+
+@pytest.mark.slow
+def test_the_real_small_model_in_bfloat16_is_near_the_one_in_float32(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("PPLR_CACHE")
+    try:
+        wide, narrow = (load("smollm2-135m", dtype=dtype) for dtype in ("float32", "bfloat16"))
+    except SourceError as error:
+        pytest.skip(f"the model cannot be had here: {error}")
+    batch = wide.pad([wide.prompt_tokens(["Toy Story (1995)", "Heat (1995)"], 40)])
+    told = []
+    for backbone in (wide, narrow):
+        cut = CutModel(backbone, CutPlan(2, 1, 30), AdapterConfig(), TrainingConfig())
+        states = cut.client("one", cut.initial_adapter(0)).hidden_states(batch)
+        told.append(backbone.logits(states).float().log_softmax(-1))
+    divergence = (told[0].exp() * (told[0] - told[1])).sum(-1)  # (B, T), in nats
+    assert float(divergence.mean()) < 0.05

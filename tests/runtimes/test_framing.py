@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pplr.errors import TransportError
+from pplr.errors import WireError
 from pplr.runtimes.framing import FRAME_BYTES, frames, joined
 from pplr.testing import refuses
 
@@ -30,7 +30,7 @@ def test_a_message_that_declares_too_much_is_refused_before_it_is_read() -> None
         yield struct.pack("<Q", 2**60)
         raise AssertionError("more was read")
 
-    with refuses(TransportError, "at most 100"):
+    with refuses(WireError, "at most 100"):
         joined(endless(), 100)
 
 
@@ -45,5 +45,5 @@ def test_a_message_that_declares_too_much_is_refused_before_it_is_read() -> None
     ],
 )
 def test_a_message_that_is_not_as_long_as_it_says_is_refused(parts, words) -> None:
-    with refuses(TransportError, words):
+    with refuses(WireError, words):
         joined(parts, 100)

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from pplr.config import AdapterConfig, TrainingConfig
-from pplr.errors import TransportError
+from pplr.errors import ServerLostError, TransportError
 from pplr.runtimes import codec
 from pplr.runtimes import stage_pb2 as pb
 from pplr.runtimes.framing import SERVICE, frames, joined
 from pplr.runtimes.identity import enroll_client, init_federation, read_kit, read_server, revoke
+from pplr.runtimes.stage_channel import StageChannel
 from pplr.runtimes.stage_client import GrpcTransport
 from pplr.runtimes.stage_server import ServerLimits, StageServer
 from pplr.stages.cut import CutPlan
@@ -60,10 +61,10 @@ def connect(server: StageServer, kit: Path, plan: CutPlan = PLAN, **options: Any
         "width": backbone.hidden_size,
         "adapter": ADAPTER,
         "training": TRAINING,
-        "attempts": 1,
-        "timeout_s": 20.0,
     }
-    return GrpcTransport(f"localhost:{server.port}", read_kit(kit), plan, **(settings | options))
+    patience = options.pop("patience_s", 0.0)
+    channel = StageChannel(f"localhost:{server.port}", read_kit(kit), timeout_s=20.0, patience_s=patience)
+    return GrpcTransport(channel, options.pop("tenant", "main"), plan, **(settings | options))
 
 
 class TestGrpcTransport(TransportContract):
@@ -154,7 +155,7 @@ def test_another_clients_session_is_refused(federation, serve) -> None:
     request = pb.SimpleRequest(header=pb.Header(session=one._session, sequence=one._sequence + 2))
     with pytest.raises(grpc.RpcError) as refused:
         raw(server, federation / "two", "Adapter", request)
-    assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert refused.value.code() is grpc.StatusCode.NOT_FOUND
     assert two.adapter()
 
 
@@ -173,7 +174,7 @@ def test_a_stranger_and_plain_text_do_not_get_in(tmp_path, federation, serve) ->
     server = serve()
     init_federation(tmp_path / "other", "others", ["localhost"], address="localhost:1")
     enroll_client(tmp_path / "other", "one", tmp_path / "one")
-    with refuses(TransportError, "does not answer"):
+    with refuses(ServerLostError, "does not answer"):
         connect(server, tmp_path / "one")
     with grpc.insecure_channel(f"localhost:{server.port}") as channel, pytest.raises(grpc.RpcError):
         list(channel.stream_stream(f"/{SERVICE}/Hello")(frames(b""), timeout=5))
@@ -228,9 +229,9 @@ def test_what_is_over_a_limit_is_refused(federation, serve) -> None:
 
 def test_a_lost_server_is_an_error_that_says_what_to_do(federation, serve) -> None:
     server = serve()
-    one = connect(server, federation / "one", attempts=2, timeout_s=3.0)
+    one = connect(server, federation / "one", patience_s=0.5)
     server.stop(0.0)
-    with refuses(TransportError, "does not answer"):
+    with refuses(ServerLostError, "does not answer"):
         one.adapter()
 
 
@@ -245,9 +246,9 @@ def test_changing_settings_again_and_again_leaves_nothing_behind(federation, ser
     server = serve()
     for rate in range(1, 6):
         connect(server, federation / "one", training=TrainingConfig(learning_rate=rate / 100))
-    assert len(server._hosts) == 1
+    assert len(server.tenancies._hosts) == 1
     connect(server, federation / "two")
-    assert len(server._hosts) == 2
+    assert len(server.tenancies._hosts) == 2
 
 
 @pytest.mark.parametrize(("steps", "pull"), [(0, 0.0), (5, -1.0), (5, float("nan")), (5, float("inf"))])
@@ -287,8 +288,10 @@ def test_rows_and_lengths_that_do_not_meet_the_cache_are_refused(federation, ser
     mask = torch.ones(2, 4, dtype=torch.long)
     one.decode(torch.randn(2, 4, 32), StageCall(attention_mask=mask), cache)
     one.reorder_cache(cache, torch.tensor([1, 0]))
-    with refuses(TransportError, "refused ReorderCache"):
-        one.reorder_cache(cache, torch.tensor([7]))
+    one.decode(torch.randn(2, 1, 32), StageCall(attention_mask=torch.ones(2, 5, dtype=torch.long)), cache)
     with refuses(TransportError, "refused Decode"):
-        one.decode(torch.randn(3, 1, 32), StageCall(attention_mask=torch.ones(3, 5, dtype=torch.long)), cache)
+        one.decode(torch.randn(3, 1, 32), StageCall(attention_mask=torch.ones(3, 6, dtype=torch.long)), cache)
+    one.reorder_cache(cache, torch.tensor([7]))
+    with refuses(TransportError, "row 7 of a cache of 2 rows"):
+        one.decode(torch.randn(1, 1, 32), StageCall(attention_mask=torch.ones(1, 6, dtype=torch.long)), cache)
     assert one.adapter()

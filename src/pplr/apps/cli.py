@@ -7,6 +7,7 @@ import errno
 import os
 import shlex
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,15 +15,15 @@ import typer
 from typer.core import TyperGroup
 
 from pplr import __version__
-from pplr.apps import cutting, data, enrolling
-from pplr.apps.options import ConfigPath, RunDir, Settings
+from pplr.apps import cutting, data, enrolling, staging
+from pplr.apps.options import ConfigPath, KitPath, RunDir, Settings, StageServer, stage_server_at
 from pplr.errors import PplrError
 
 __all__ = ["app", "main"]
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
-_EXTRAS = {"cryptography": "network", "grpc": "network", "google": "network"}
+_EXTRAS = dict.fromkeys(("cryptography", "grpc", "grpc_health", "google", "prometheus_client"), "network")
 """Packages that only some commands need, and the extra that installs each."""
 
 
@@ -65,6 +66,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.add_typer(enrolling.app, name="enroll")
+app.add_typer(staging.app, name="stage")
 app.command()(cutting.cut)
 app.command()(cutting.plan)
 
@@ -106,6 +108,8 @@ def train(
         Path | None, typer.Option(help="The run's folder; runs/NAME for a configuration NAME.yaml when absent.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    stage_server: StageServer = None,
+    kit: KitPath = None,
 ) -> None:
     """Train a federation, test it, and keep both in a run folder."""
     from pplr.apps.results import result_table
@@ -117,11 +121,14 @@ def train(
     screen = Screen()
     progress = TerminalProgress(screen, rounds=chosen.federation.rounds)
     overrides = [part for setting in settings or () for part in ("--set", setting)]
-    again = shlex.join(["pplr", "train", str(config), *overrides, "--run-dir", str(folder), "--resume"])
+    there = [*(["--stage-server", stage_server] if stage_server else []), *(["--kit", str(kit)] if kit else [])]
+    again = shlex.join(["pplr", "train", str(config), *overrides, "--run-dir", str(folder), *there, "--resume"])
+    server = stage_server_at(stage_server, kit)
     try:
         with screen.busy("loading libraries"):
             from pplr.runtimes.in_process import train as train_run
-        run = train_run(chosen, folder, resume=resume, progress=progress)
+        run = train_run(chosen, folder, resume=resume, progress=progress, stage_server=server)
+        run.close()
     except KeyboardInterrupt as error:
         _complain(f"stopped. Go on with: {again}")
         raise typer.Exit(_INTERRUPTED) from error
@@ -133,15 +140,16 @@ def train(
 
 
 @app.command()
-def evaluate(run_dir: RunDir) -> None:
+def evaluate(run_dir: RunDir, stage_server: StageServer = None, kit: KitPath = None) -> None:
     """Test a run again and print its figures."""
     from pplr.apps.results import result_table
     from pplr.apps.terminal import Screen, TerminalProgress
 
-    screen = Screen()
+    screen, server = Screen(), stage_server_at(stage_server, kit)
     with screen.busy("loading libraries"):
         from pplr.runtimes.run import open_run
-    metrics = open_run(run_dir).evaluate(progress=TerminalProgress(screen))
+    with closing(open_run(run_dir, server)) as run:
+        metrics = run.evaluate(progress=TerminalProgress(screen))
     screen.lines(result_table(metrics, screen.width))
 
 
@@ -156,6 +164,8 @@ def recommend(
         str | None, typer.Option(metavar='"A; B; C"', help="Titles instead of a user, oldest first.")
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="How many items.")] = 10,
+    stage_server: StageServer = None,
+    kit: KitPath = None,
 ) -> None:
     """Recommend items to a user, or to whoever has taken the titles given."""
     from pplr.apps.tables import Table, figure
@@ -166,19 +176,23 @@ def recommend(
     titles = [title.strip() for title in (history or "").split(";") if title.strip()]
     if user is None and not titles:
         raise typer.BadParameter("it holds no title", param_hint="--history")
-    screen = Screen()
+    screen, server = Screen(), stage_server_at(stage_server, kit)
     with screen.busy("loading libraries"):
         from pplr.runtimes.run import open_run
-    run = open_run(run_dir)
-    found = run.recommend(
-        client, user=user, history=None if user is not None else titles, count=count, progress=TerminalProgress(screen)
-    )
-    heading = "history, oldest first"
-    if user is not None:
-        every = run.history_titles(user)
-        titles = every[-run.config.data.history_items :]
-        shown = f"the newest {len(titles)} of {len(every)}, " if len(titles) < len(every) else ""
-        heading = f"history of user {user}, {shown}oldest first"
+    with closing(open_run(run_dir, server)) as run:
+        found = run.recommend(
+            client,
+            user=user,
+            history=None if user is not None else titles,
+            count=count,
+            progress=TerminalProgress(screen),
+        )
+        heading = "history, oldest first"
+        if user is not None:
+            every = run.history_titles(user)
+            titles = every[-run.config.data.history_items :]
+            shown = f"the newest {len(titles)} of {len(every)}, " if len(titles) < len(every) else ""
+            heading = f"history of user {user}, {shown}oldest first"
     screen.line(f"{heading}:", style="bold")
     for title in titles:
         screen.line(f"  {title}")

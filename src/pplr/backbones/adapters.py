@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from pplr.backbones.arithmetic import is_widened
 from pplr.backbones.base import Backbone
 from pplr.config import AdapterConfig
 from pplr.errors import AdapterError, BackboneError
@@ -102,6 +103,12 @@ class _Lora(LoraLinear):
         if self.disable_adapters:
             return out
         a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
+        if is_widened(x):
+            inner = F.linear(self.lora_dropout["default"](x).float(), a.float())
+            wide = torch.addmm(
+                out.flatten(0, -2).float(), inner.flatten(0, -2), b.float().t(), alpha=self.scaling["default"]
+            )
+            return wide.to(x.dtype).view_as(out)
         inner = F.linear(self.lora_dropout["default"](x), a.to(x.dtype))  # (..., R)
         update = b.to(x.dtype).t()
         flat = torch.addmm(out.flatten(0, -2), inner.flatten(0, -2), update, alpha=self.scaling["default"])

@@ -14,6 +14,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from pplr.backbones.arithmetic import is_widened
+
 __all__ = ["ATTENTION"]
 
 ATTENTION = "pplr_sdpa"
@@ -25,7 +27,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attend: (B, heads, T, D_head) -> (B, T, heads, D_head)."""
     dtype = query.dtype
-    if query.requires_grad and dtype == torch.bfloat16 and query.device.type == "cpu":
+    slow = query.requires_grad and dtype == torch.bfloat16 and query.device.type == "cpu"
+    if slow or is_widened(query):
         query, key, value = query.float(), key.float(), value.float()
         if attention_mask is not None and attention_mask.dtype == dtype:
             attention_mask = attention_mask.float()

@@ -15,6 +15,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pplr.backbones.arithmetic import widen
 from pplr.backbones.attention import ATTENTION
 from pplr.backbones.base import Backbone, Batch, Blocks, register
 from pplr.backbones.bundles import is_bundle, read_bundle
@@ -71,12 +72,14 @@ class DecoderBlocks(Blocks):
         if absent := [name for name, tensor in tensors.items() if tensor.is_meta]:
             block = span.start + int(absent[0].split(".")[1])
             raise BackboneError(
-                f"this bundle of the model does not hold block {block}", cure="Use the bundle of the side that runs it."
+                f"this bundle of the model does not hold block {block}",
+                cure="Use the bundle of the side that runs it; a client's needs --stage-server, and its own cut.",
             )
         inner.load_state_dict(tensors, assign=True)
         inner.rotary_emb.to(next(iter(tensors.values())).device if tensors else "cpu")
         inner.requires_grad_(False)
         inner.eval()
+        widen(inner)
         self.inner = inner
         self.layers = inner.layers
 
@@ -136,6 +139,7 @@ class CausalLM(Backbone):
                 cure="Choose a model whose tokenizer has one.",
             )
         self.model = model.requires_grad_(False).eval()
+        widen(self.model.lm_head)
         self._tokenizer = tokenizer
         self.template = PromptTemplate(prompt or PromptConfig())
         self.max_tokens = max_tokens

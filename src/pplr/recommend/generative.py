@@ -25,7 +25,7 @@ from pplr.storage import cache_dir, sha256_bytes, write_atomic
 
 __all__ = ["GenerativeRanker", "TitleSpace", "embed_texts"]
 
-_BATCH_TOKENS = 4096
+_BATCH_TOKENS, _BATCH_ROWS = 4096, 256
 
 
 def embed_texts(model: ClientModel, texts: Sequence[str], advance: Callable[[int], None] = lambda _: None) -> Tensor:
@@ -46,7 +46,7 @@ def embed_texts(model: ClientModel, texts: Sequence[str], advance: Callable[[int
     embeddings = torch.empty(len(rows), backbone.hidden_size)
     start = 0
     while start < len(order):
-        size = max(1, _BATCH_TOKENS // len(rows[order[start]]))
+        size = max(1, min(_BATCH_ROWS, _BATCH_TOKENS // len(rows[order[start]])))
         chosen = order[start : start + size]
         batch = backbone.pad([rows[i] for i in chosen])
         states = model.hidden_states(batch, adapter=False)  # (B, T, D)

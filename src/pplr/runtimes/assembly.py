@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,9 +26,13 @@ from pplr.recommend.evaluation import Ranker, evaluate
 from pplr.recommend.generative import GenerativeRanker, TitleSpace
 from pplr.recommend.metrics import ranking_metrics
 from pplr.recommend.training import evaluation_loss
+from pplr.runtimes.address import StageServerAt
 from pplr.seeds import derive_seed
 from pplr.stages.cut import CutPlan
 from pplr.stages.model import ClientModel, CutModel
+
+if TYPE_CHECKING:
+    from pplr.runtimes.connections import Connections
 
 __all__ = ["POOLED", "Assembly", "RunData", "load_run_data"]
 
@@ -113,9 +117,16 @@ class Assembly:
         config: The run's configuration.
         progress: Told of every step.
         backbone: A loaded backbone, to share one between runs; loaded by the configuration when absent.
+        stage_server: Hosts the middle blocks; this process hosts them when absent.
     """
 
-    def __init__(self, config: Config, progress: Progress, backbone: Backbone | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        progress: Progress,
+        backbone: Backbone | None = None,
+        stage_server: StageServerAt | None = None,
+    ) -> None:
         self.config = config
         self.progress = progress
         self.method = make_method(config.federation)
@@ -125,18 +136,79 @@ class Assembly:
         with progress.task("loading the data", 1, "sources") as advance:
             self.data = load_run_data(config, progress.note)
             advance(1)
+        self._check_cuts()
         with progress.task("loading the model", 1, "models") as advance:
             self.backbone = backbone or load_backbone(config.backbone, progress.note)
             advance(1)
         self.plan = CutPlan.make(config.cut, self.backbone.total_layers)
-        self.model = CutModel(self.backbone, self.plan, config.adapter, config.training)
+        self._connections = self._connect(stage_server)
+        self._models: dict[CutPlan, CutModel] = {}
+        self.model = self._model(self.plan)
         self.initial: AdapterState = self.model.initial_adapter(config.run.seed)
+
+    def _connect(self, stage_server: StageServerAt | None) -> Connections | None:
+        if stage_server is None:
+            return None
+        if self.plan.is_whole:
+            raise ConfigError(
+                "a stage server for a model that is not cut", cure="Set cut, or leave out --stage-server and --kit."
+            )
+        from pplr.runtimes.connections import Connections  # what connects is an extra
+
+        return Connections(stage_server.kit, stage_server.address)
+
+    def _model(self, plan: CutPlan) -> CutModel:
+        if plan not in self._models:
+            connect = None
+            if self._connections is not None:
+                connect = self._connections.connector(self.backbone, self.config)
+            self._models[plan] = CutModel(
+                self.backbone, plan, self.config.adapter, self.config.training, connect=connect
+            )
+        return self._models[plan]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a stage server hosts the middle blocks."""
+        return self._connections is not None
+
+    def model_of(self, client: str) -> CutModel:
+        """Return the model as it is cut for a client."""
+        cut = self.config.cut
+        if cut is None or client not in cut.by_client:
+            return self.model
+        return self._model(CutPlan.make(cut.by_client[client], self.backbone.total_layers))
+
+    def admit(self, client: str, adapter: AdapterState, purpose: str = "") -> ClientModel:
+        """Admit a client, or a second model of it for some purpose, with an adapter to start from."""
+        return self.model_of(client).client(f"{client} {purpose}".strip(), adapter)
+
+    def dismiss(self, client: str, purpose: str = "") -> None:
+        """Let go of what the server's side keeps for what was admitted."""
+        self.model_of(client).dismiss(f"{client} {purpose}".strip())
+
+    def dismiss_all(self) -> None:
+        """Let go of what the server's side keeps for everyone that was admitted."""
+        for model in self._models.values():
+            model.close()
+
+    def close(self) -> None:
+        """Let go of everything on the server's side, and of the connections to it."""
+        self.dismiss_all()
+        if self._connections is not None:
+            self._connections.close()
 
     def _check_metric(self) -> None:
         metric = self.config.evaluation.validation_metric
         known = ["loss", *ranking_metrics([1], self.config.evaluation.cutoffs)]
         if metric not in known:
             raise ConfigError(f"evaluation.validation_metric: {metric!r} is not measured", cure=nearest(metric, known))
+
+    def _check_cuts(self) -> None:
+        known = self.data.partition.names
+        for name in self.config.cut.by_client if self.config.cut is not None else ():
+            if name not in known:
+                raise ConfigError(f"cut.by_client names {name!r}, which is no client", cure=nearest(name, known))
 
     @cached_property
     def space(self) -> TitleSpace:
@@ -158,12 +230,12 @@ class Assembly:
         names = (POOLED,) if self.method.pooled else self.data.partition.names
         clients = []
         for name in names:
-            personal = self.model.client(f"{name} personal", self.initial) if self.method.personal else None
+            personal = self.admit(name, self.initial, "personal") if self.method.personal else None
             clients.append(
                 FederatedClient(
                     name,
                     self._encode(self._samples(name)),
-                    self.model.client(name, self.initial),
+                    self.admit(name, self.initial),
                     self._validation(name),
                     personal,
                 )

@@ -95,7 +95,7 @@ def encode_states(states: Tensor, lengths: Tensor, wire: Wire, *, padded_left: b
 
     Args:
         states: (B, T, D), float32, bfloat16 or float16.
-        lengths: (B,), real tokens of each row; the longest row has T.
+        lengths: (B,), real tokens of each row, at least 1, or 0 where padding is on the left; the longest row has T.
         wire: How to send them. Only float32 keeps every bit, and bfloat16 those of bfloat16.
         padded_left: Whether padding is on the left.
     """
@@ -104,7 +104,7 @@ def encode_states(states: Tensor, lengths: Tensor, wire: Wire, *, padded_left: b
     _check(len(shape) == 3 and 0 not in shape and floats, f"states {shape} of {kind} to send", "Send floats (B, T, D).")
     _check(lengths.dim() == 1 and not lengths.is_floating_point(), "lengths that are no row of integers", _SAME)
     counts = [int(length) for length in lengths.tolist()]
-    _check_lengths(counts, shape[0], shape[1])
+    _check_lengths(counts, shape[0], shape[1], empty=padded_left)
     vectors = states.detach()[_real(counts, shape[1], padded_left).to(states.device)]  # (B, T, D) -> (N, D)
     scales = b""
     if wire is Wire.INT8:
@@ -145,7 +145,7 @@ def decode_states(
     _check(padded <= limits.max_message_bytes, f"{padded} numbers with padding, over the limit", _SMALLER)
     _check(len(message.lengths) == rows, f"{len(message.lengths)} lengths for {rows} rows", _SAME)
     counts = list(message.lengths)
-    _check_lengths(counts, rows, tokens)
+    _check_lengths(counts, rows, tokens, empty=message.padded_left)
     wire, total = Wire.of(message.wire), sum(counts)
     data, scales = message.data, message.scales
     _check(len(data) + len(scales) <= limits.max_message_bytes, "states of more bytes than the limit", _SMALLER)
@@ -239,15 +239,15 @@ def left_mask(
         ([[0, 0, 1], [1, 1, 1]], [1, 3], [[0, 0], [1, 2]])
     """
     _check_extent(len(total_lengths), total_tokens, max_rows, max_tokens)
-    _check_lengths(total_lengths, len(total_lengths), total_tokens, full=False)
+    _check_lengths(total_lengths, len(total_lengths), total_tokens, full=False, empty=True)
     return _real(list(total_lengths), total_tokens, padded_left=True).long()
 
 
 def lengths_of_left_mask(mask: Tensor) -> Tensor:
-    """Count the real tokens (B,) of each row of an attention mask (B, T), which must be 0 for padding and then 1."""
+    """Count the real tokens (B,) of each row of an attention mask (B, T), each 0 for padding and then 1."""
     _check(mask.dim() == 2 and mask.numel() > 0, f"a mask of shape {tuple(mask.shape)}", "Give a mask (B, T).")
     real = mask == 1
-    grows = (real[:, 1:] | ~real[:, :-1]).all() & (real | (mask == 0)).all() & real[:, -1].all()
+    grows = (real[:, 1:] | ~real[:, :-1]).all() & (real | (mask == 0)).all()
     _check(bool(grows), "a mask with a row that is not 0 for padding and then 1", "Pad on the left only.")
     return real.sum(dim=1)
 
@@ -294,9 +294,11 @@ def _check_extent(rows: int, tokens: int, max_rows: int, max_tokens: int) -> Non
     _check(fine, f"{rows} rows of {tokens} tokens, at most {max_rows} of {max_tokens} are allowed", _SMALLER)
 
 
-def _check_lengths(counts: Sequence[int], rows: int, tokens: int, *, full: bool = True) -> None:
-    fine = len(counts) == rows and all(1 <= count <= tokens for count in counts)
-    _check(fine, f"lengths that do not fit {rows} rows of 1 to {tokens} tokens", _SAME)
+def _check_lengths(counts: Sequence[int], rows: int, tokens: int, *, full: bool = True, empty: bool = False) -> None:
+    """Check real tokens of each row; a row that is only padding so far can come in front of a generation."""
+    least = 0 if empty else 1
+    fine = len(counts) == rows and all(least <= count <= tokens for count in counts)
+    _check(fine, f"lengths that do not fit {rows} rows of {least} to {tokens} tokens", _SAME)
     _check(not full or max(counts) == tokens, f"no row has all of {tokens} tokens", "Pad to the longest row only.")
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator
 
-from pplr.errors import TransportError
+from pplr.errors import WireError
 
-__all__ = ["FRAME_BYTES", "SERVICE", "frames", "joined"]
+__all__ = ["FRAME_BYTES", "PROTOCOL", "SERVICE", "frames", "joined"]
 
 SERVICE = "pplr.Stage"
 """The gRPC service; each call is a stream of frames each way."""
+
+PROTOCOL = "1"
+"""What both sides must speak alike."""
 
 FRAME_BYTES = 1 << 20
 """Largest frame."""
@@ -38,7 +41,7 @@ def joined(parts: Iterable[bytes], max_bytes: int) -> bytes:
         max_bytes: Longest message; a longer one is refused by the length it declares, before its bytes are kept.
 
     Raises:
-        TransportError: It is longer than allowed, or longer or shorter than it says.
+        WireError: It is longer than allowed, or longer or shorter than it says.
     """
     kept = bytearray()
     expected: int | None = None
@@ -47,12 +50,12 @@ def joined(parts: Iterable[bytes], max_bytes: int) -> bytes:
         if expected is None and len(kept) >= _LENGTH.size:
             expected = _LENGTH.unpack_from(kept)[0] + _LENGTH.size
             if expected > max_bytes + _LENGTH.size:
-                raise TransportError(
+                raise WireError(
                     f"a message of {expected - _LENGTH.size} bytes, at most {max_bytes} are allowed",
                     cure="Send smaller batches, or raise the server's limit.",
                 )
         if len(kept) > (_LENGTH.size if expected is None else expected):
-            raise TransportError("a message that is longer than it says", cure="Use the client of this version.")
+            raise WireError("a message that is longer than it says", cure="Use the client of this version.")
     if expected is None or len(kept) != expected:
-        raise TransportError("a message that ended early", cure="Send it again.")
+        raise WireError("a message that ended early", cure="Send it again.")
     return bytes(kept[_LENGTH.size :])

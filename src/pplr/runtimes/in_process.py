@@ -1,4 +1,4 @@
-"""The reference runtime: all clients and the server in this process, no network, no serialisation."""
+"""The reference runtime: all clients in this process, and the server's side too unless a stage server hosts it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from pplr.federation.rounds import Federation, restore_checkpoint, run_rounds
 from pplr.progress import Progress, Silent
 from pplr.recommend.evaluation import Evaluation, Ranker, evaluate
 from pplr.recommend.floors import fit_floor
+from pplr.runtimes.address import StageServerAt
 from pplr.runtimes.assembly import Assembly
+from pplr.runtimes.memory import peak_rss_bytes
 from pplr.runtimes.run import Run, open_run
 from pplr.storage import storage_errors, write_atomic, write_json
 
@@ -38,6 +40,7 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     backbone: Backbone | None = None,
+    stage_server: StageServerAt | None = None,
 ) -> Run:
     """Train a federation, keep each client's best adapter, and measure them on the test cases.
 
@@ -48,18 +51,20 @@ def train(
             was never stopped.
         progress: Told of every step.
         backbone: A loaded backbone, to share one between runs.
+        stage_server: Hosts the middle blocks; this process hosts them when absent.
 
     Returns:
         The finished run.
 
     Raises:
+        ServerLostError: The stage server does not answer any more; the run can be resumed.
         RunError: The folder holds a run already, or one of another configuration, or is in use.
         PplrError: Whatever else keeps the run from being carried out.
     """
     folder, progress = Path(run_dir), progress or Silent()
     started: float | None = time.perf_counter()
-    with _claimed(folder, config, resume=resume):
-        assembly = Assembly(config, progress, backbone)
+    with _claimed(folder, config, resume=resume), contextlib.ExitStack() as closing:
+        assembly = closing.enter_context(contextlib.closing(Assembly(config, progress, backbone, stage_server)))
         federation = assembly.federation()
         _write_start(folder, assembly)
         store = CheckpointStore(folder / "checkpoints", keep=config.run.checkpoints, warn=progress.note)
@@ -71,8 +76,10 @@ def train(
         writer.write()
         run_rounds(federation, config, store, writer, folder)
         _export(federation, assembly, store, folder)
-        run = Run(folder, config, assembly)
+        assembly.dismiss_all()  # the adapters are in the run folder
+        run = Run(folder, config, assembly, stage_server)
         evaluate_run(run, progress, started=started)
+        closing.pop_all()  # the run goes on with the parts
         return run
 
 
@@ -230,9 +237,9 @@ def evaluate_run(run: Run, progress: Progress, *, started: float | None = None) 
     for name, adapter in adapters.items():
         check_adapter(adapter, assembly.model.shapes, whose=f"the saved adapter of client {name}")
 
-    def reader(name: str, adapter: AdapterState) -> Ranker:
-        admitted.callback(assembly.model.dismiss, name)
-        return assembly.ranker(assembly.model.client(name, adapter))
+    def reader(client: str, adapter: AdapterState) -> Ranker:
+        admitted.callback(assembly.dismiss, client, "test")
+        return assembly.ranker(assembly.admit(client, adapter, "test"))
 
     def measure(label: str, rankers: Mapping[str, Ranker] | Ranker) -> Evaluation:
         with progress.task(label, sum(map(len, data.test.values())), "users") as advance:
@@ -241,8 +248,8 @@ def evaluate_run(run: Run, progress: Progress, *, started: float | None = None) 
     found = {}
     with contextlib.ExitStack() as admitted:
         if settings.before:
-            found["before"] = measure("testing the initial adapter", reader("test initial", assembly.initial))
-        own = {name: reader(f"test {name}", adapter) for name, adapter in adapters.items()}
+            found["before"] = measure("testing the initial adapter", reader("initial", assembly.initial))
+        own = {name: reader(name, adapter) for name, adapter in adapters.items()}
         found["test"] = measure("testing each client's adapter", own)
     items = len(data.dataset.catalog)
     for floor in settings.floors:
@@ -275,15 +282,19 @@ def _metrics(run: Run, assembly: Assembly, found: Mapping[str, Evaluation]) -> d
     """Put the content of ``metrics.json`` together; what was not measured is ``None``."""
     config, test = run.config, found["test"]
     trained = _trained(run)
-    client_bytes, server_bytes = assembly.model.stored_bytes()
+    stored = {name: assembly.model_of(name).stored_bytes() for name in assembly.data.partition.names}
+    client_bytes = max(client for client, _ in stored.values())
+    hosted = [server for _, server in stored.values() if server is not None]
     plan = assembly.plan
-    cut = None
+    cut: dict[str, Any] | None = None
     if not plan.is_whole:
         cut = {
             "input_layers": plan.input_layers,
             "output_layers": plan.output_layers,
             "total_layers": plan.total_layers,
         }
+        if config.cut is not None and config.cut.by_client:
+            cut["by_client"] = {name: own.model_dump() for name, own in config.cut.by_client.items()}
     content: dict[str, Any] = {
         "method": config.federation.method,
         "backbone": config.backbone.name,
@@ -295,10 +306,15 @@ def _metrics(run: Run, assembly: Assembly, found: Mapping[str, Evaluation]) -> d
     }
     if "before" in found:
         content["before"] = {"overall": found["before"].overall(), "clients": found["before"].by_client()}
-    unmeasured = {"peak_rss_bytes": None, "train_flops": None}  # one process holds both sides
+    # Where one process holds both sides, neither's memory can be told apart.
+    peak = peak_rss_bytes() if assembly.is_remote else None
     content["cost"] = {
-        "client": {"stored_bytes": client_bytes} | unmeasured,
-        "server": {"stored_bytes": server_bytes} | unmeasured,
+        "client": {"stored_bytes": client_bytes, "peak_rss_bytes": peak, "train_flops": None},
+        "server": {
+            "stored_bytes": max(hosted) if hosted else None,
+            "peak_rss_bytes": None,
+            "train_flops": None,
+        },
         "wire": {"bytes_up": trained["bytes_up"], "bytes_down": trained["bytes_down"]},
     }
     content["samples_per_second"] = trained["samples_per_second"]

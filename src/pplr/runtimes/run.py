@@ -13,6 +13,7 @@ import numpy as np
 from pplr.config import Config, load_config
 from pplr.errors import ConfigError, DataError, PartitionError, RunError, nearest
 from pplr.progress import Progress, Silent
+from pplr.runtimes.address import StageServerAt
 
 if TYPE_CHECKING:
     from pplr.recommend.evaluation import Evaluation
@@ -45,12 +46,20 @@ class Run:
         folder: Where it lies.
         config: The resolved configuration it was made with.
         assembly: The parts of the run, when they are loaded already.
+        stage_server: Hosts the middle blocks; this process hosts them when absent.
     """
 
-    def __init__(self, folder: Path, config: Config, assembly: Assembly | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        assembly: Assembly | None = None,
+        stage_server: StageServerAt | None = None,
+    ) -> None:
         self.folder = folder
         self.config = config
         self._assembled = assembly
+        self._stage_server = stage_server
 
     @property
     def metrics(self) -> dict[str, Any] | None:
@@ -106,8 +115,14 @@ class Run:
         if self._assembled is None:
             from pplr.runtimes.assembly import Assembly
 
-            self._assembled = Assembly(self.config, progress or Silent())
+            self._assembled = Assembly(self.config, progress or Silent(), stage_server=self._stage_server)
         return self._assembled
+
+    def close(self) -> None:
+        """Let go of the parts, and of what a stage server holds for them."""
+        if self._assembled is not None:
+            self._assembled.close()
+            self._assembled = None
 
     def history_titles(self, user: str) -> list[str]:
         """Return the titles of everything a user did, oldest first."""
@@ -177,11 +192,11 @@ class Run:
         if history is not None:  # every item of a typed title counts as seen
             seen = tuple(dict.fromkeys(item for title in history for item in catalog.find(title)))
         newest = tuple(items[-self.config.data.history_items :])
-        reader = parts.model.client("recommend", adapter)
+        reader = parts.admit(client, adapter, "recommend")
         try:
             scores = parts.ranker(reader).scores([Case(number, newest, (), seen)])[0].astype(np.float64)
         finally:
-            parts.model.dismiss("recommend")
+            parts.dismiss(client, "recommend")
         scores[list(seen)] = -np.inf
         order = np.argsort(-scores, kind="stable")[:count]
         return [
@@ -196,8 +211,12 @@ class Run:
         return evaluate_run(self, progress or Silent())
 
 
-def open_run(folder: str | Path) -> Run:
+def open_run(folder: str | Path, stage_server: StageServerAt | None = None) -> Run:
     """Open a run folder.
+
+    Args:
+        folder: The run's.
+        stage_server: Hosts the middle blocks; this process hosts them when absent.
 
     Raises:
         RunError: It is not one.
@@ -208,7 +227,7 @@ def open_run(folder: str | Path) -> Run:
             f"{folder} is not a run folder: it has no config.yaml", cure="Give a folder that `pplr train` made."
         )
     try:
-        return Run(folder, load_config(folder / "config.yaml"))
+        return Run(folder, load_config(folder / "config.yaml"), stage_server=stage_server)
     except ConfigError as error:
         raise RunError(
             f"{folder} was made with a configuration that cannot be read ({error.message})",

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Mapping
+import secrets
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
-import grpc
 import torch
 from google.protobuf.message import Message
 from torch import Tensor
 
-from pplr import __version__
 from pplr.backbones.adapters import AdapterState
 from pplr.config import AdapterConfig, TrainingConfig
-from pplr.errors import TransportError
+from pplr.errors import ServerLostError, TransportError, WireError
 from pplr.runtimes import codec
 from pplr.runtimes import stage_pb2 as pb
 from pplr.runtimes.codec import Limits, Wire
-from pplr.runtimes.framing import SERVICE, frames, joined
-from pplr.runtimes.identity import Kit
+from pplr.runtimes.framing import PROTOCOL
+from pplr.runtimes.stage_channel import StageChannel
 from pplr.stages.cut import CutPlan
 from pplr.stages.optimizer import LocalObjective
 from pplr.stages.stage import StageCall
@@ -29,15 +28,15 @@ from pplr.stages.transport import Traffic
 __all__ = ["GrpcTransport"]
 
 _BLOCK = re.compile(r"\.layers\.(\d+)\.")
-_RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+_MAX_REPLY = 256 << 20
 
 
 class GrpcTransport:
-    """One client's way to its middle stage in another process, by mutual TLS.
+    """One tenancy's way to its middle stage in another process, by mutual TLS.
 
     Args:
-        address: ``host:port`` of the stage server.
-        kit: The client's startup kit.
+        channel: The connection to the stage server.
+        tenant: A name below the client's own; a newer session of the same name takes the place of an older one.
         plan: The client's cut.
         base_sha256: Fingerprint of the base that the client's bundle was cut from.
         width: D.
@@ -45,9 +44,12 @@ class GrpcTransport:
         training: The optimizer's settings.
         dtype: Number format of hidden states on this side.
         device: Where they are wanted.
-        wire: Number format between the two sides.
-        timeout_s: Deadline of one attempt.
-        attempts: Attempts of one call; a retry gets the reply of the first, and nothing happens twice.
+        wires: Number formats between the two sides that are acceptable, the preferred one first.
+        keep: Go on with the adapter and optimizer that the server has of this tenancy, in memory or on disk.
+
+    Attributes:
+        wire: The number format that the server granted.
+        kept: Whether the server had a tenancy to go on with.
 
     Raises:
         TransportError: The server cannot be reached, or refuses.
@@ -55,8 +57,8 @@ class GrpcTransport:
 
     def __init__(
         self,
-        address: str,
-        kit: Kit,
+        channel: StageChannel,
+        tenant: str,
         plan: CutPlan,
         *,
         base_sha256: str,
@@ -65,37 +67,31 @@ class GrpcTransport:
         training: TrainingConfig,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        wire: Wire = Wire.FLOAT32,
-        timeout_s: float = 120.0,
-        attempts: int = 4,
+        wires: Sequence[Wire] = (Wire.FLOAT32,),
+        keep: bool = False,
     ) -> None:
         self.traffic = Traffic()
-        self._address, self._wire, self._dtype, self._device = address, wire, dtype, device
-        self._timeout_s, self._attempts, self._middle = timeout_s, attempts, plan.middle
-        credentials = grpc.ssl_channel_credentials(kit.ca_pem, kit.key_pem, kit.certificate_pem)
-        self._channel = grpc.secure_channel(
-            address, credentials, options=[("grpc.max_receive_message_length", 2 << 20)]
-        )
-        self._sequence, self._session = 0, 0
-        self._max_bytes = 256 * 2**20
+        self._channel, self._dtype, self._device, self._middle = channel, dtype, device, plan.middle
+        self._sequence, self._session, self._max_bytes = 0, 0, _MAX_REPLY
+        self._rows: dict[int, list[int] | None] = {}  # of each open cache, those to keep at its next use
         hello = pb.HelloRequest(
-            version=__version__,
+            version=PROTOCOL,
             base_sha256=base_sha256,
             input_layers=plan.input_layers,
             output_layers=plan.output_layers,
             total_layers=plan.total_layers,
-            wire=wire.number,
+            wires=[wire.number for wire in wires],
             adapter_json=adapter.model_dump_json(),
             training_json=training.model_dump_json(),
+            tenant=tenant,
+            attempt=secrets.randbits(63) | 1,
+            keep=keep,
         )
-        granted = self._exchange("Hello", hello, pb.HelloReply)
+        granted = channel.call("Hello", hello, pb.HelloReply, max_bytes=_MAX_REPLY)
+        self.wire, self.kept = Wire.of(granted.wire), bool(granted.kept)
         self._session, self._max_bytes = granted.session, granted.max_message_bytes
         self._limits = Limits(width=width, max_rows=granted.max_batch, max_tokens=granted.max_tokens,
                               max_message_bytes=granted.max_message_bytes)  # fmt: skip
-
-    def close(self) -> None:
-        """Let go of the connection."""
-        self._channel.close()
 
     # -- one call ---------------------------------------------------------------------------------------------
 
@@ -104,36 +100,19 @@ class GrpcTransport:
         return pb.Header(session=self._session, sequence=self._sequence)
 
     def _exchange(self, name: str, request: Message, kind: Any) -> Any:
-        """Send a request, again if need be, and read its reply."""
-        content = request.SerializeToString()
-        call = self._channel.stream_stream(f"/{SERVICE}/{name}")
-        for attempt in range(1, self._attempts + 1):
-            try:
-                reply = joined(call(frames(content), timeout=self._timeout_s), self._max_bytes)
-                return kind.FromString(reply)
-            except grpc.RpcError as error:
-                code, details = error.code(), error.details() or ""
-                if code in _RETRIED and attempt < self._attempts:
-                    time.sleep(0.1 * 3 ** (attempt - 1))
-                    continue
-                if code in _RETRIED:
-                    raise TransportError(
-                        f"the stage server {self._address} does not answer ({code.name.lower()}: {details})",
-                        cure="See that it runs and that its certificate names this address, then go on with --resume.",
-                    ) from error
-                self._sequence -= name != "Hello"  # a refused request is not counted
-                raise TransportError(
-                    f"the stage server refused {name} ({code.name.lower()}): {details}",
-                    cure="Correct what it names, then go on with --resume.",
-                ) from error
-        raise TransportError("no attempt was made", cure="Allow at least one attempt.")
+        """Send a request and read its reply; one that was refused is not counted."""
+        try:
+            return self._channel.call(name, request, kind, max_bytes=self._max_bytes)
+        except TransportError as error:
+            if not isinstance(error, ServerLostError | WireError):
+                self._sequence -= 1
+            raise
 
     def _send(self, states: Tensor, lengths: Tensor, *, padded_left: bool = False) -> Any:
-        message = codec.encode_states(states, lengths, self._wire, padded_left=padded_left)
-        self.traffic.bytes_up += len(message.data) + len(message.scales)
-        return message
+        return codec.encode_states(states, lengths, self.wire, padded_left=padded_left)
 
-    def _received(self, message: Any) -> Tensor:
+    def _received(self, sent: Any, message: Any) -> Tensor:
+        self.traffic.bytes_up += len(sent.data) + len(sent.scales)
         self.traffic.bytes_down += len(message.data) + len(message.scales)
         states, _ = codec.decode_states(message, self._limits, dtype=self._dtype, device=torch.device(self._device))
         return states
@@ -142,27 +121,30 @@ class GrpcTransport:
 
     def forward(self, hidden_states: Tensor, lengths: Tensor, call: StageCall, *, keep_as: int | None) -> Tensor:
         """Run the middle stage: (B, T, D) -> (B, T, D); padding comes back as zeros."""
+        states = self._send(hidden_states, lengths)
         request = pb.ForwardRequest(
             header=self._header(),
-            states=self._send(hidden_states, lengths),
+            states=states,
             step=keep_as or 0,
             keep=keep_as is not None,
             adapter=call.adapter,
             has_dropout_seed=call.dropout_seed is not None,
             dropout_seed=call.dropout_seed or 0,
         )
-        return self._received(self._exchange("Forward", request, pb.StatesReply).states)
+        return self._received(states, self._exchange("Forward", request, pb.StatesReply).states)
 
     def backward(self, step: int, grad_hidden_states: Tensor, lengths: Tensor) -> Tensor:
         """Send a gradient back: (B, T, D) -> (B, T, D)."""
-        request = pb.BackwardRequest(header=self._header(), step=step, states=self._send(grad_hidden_states, lengths))
-        return self._received(self._exchange("Backward", request, pb.StatesReply).states)
+        states = self._send(grad_hidden_states, lengths)
+        request = pb.BackwardRequest(header=self._header(), step=step, states=states)
+        return self._received(states, self._exchange("Backward", request, pb.StatesReply).states)
 
     def _simple(self, name: str, kind: Any = pb.Done) -> Any:
         return self._exchange(name, pb.SimpleRequest(header=self._header()), kind)
 
     def discard(self) -> None:
-        """Let go of kept activations and caches."""
+        """Let go of kept activations, gradients and caches."""
+        self._rows.clear()
         self._simple("Discard")
 
     def begin_round(self, total_steps: int, objective: LocalObjective, anchor: AdapterState | None) -> None:
@@ -200,32 +182,45 @@ class GrpcTransport:
 
     def open_cache(self) -> int:
         """Open a key-value cache in the middle stage."""
-        return int(self._simple("OpenCache", pb.CacheReply).cache)
+        cache = int(self._simple("OpenCache", pb.CacheReply).cache)
+        self._rows[cache] = None
+        return cache
+
+    def _check_open(self, cache: int) -> None:
+        if cache not in self._rows:
+            raise TransportError(f"no open cache {cache}", cure="Open one, and do not use it after closing.")
 
     def decode(self, hidden_states: Tensor, call: StageCall, cache: int) -> Tensor:
-        """Run the middle stage and extend a cache: (B, T, D) -> (B, T, D)."""
+        """Run the middle stage and extend a cache: (B, T, D) -> (B, T, D); padding comes back as zeros."""
+        self._check_open(cache)
         tokens = hidden_states.shape[1]
         mask = call.attention_mask
         if mask is None:
             raise TransportError("decoding without an attention mask", cure="Give the mask of the whole sequence.")
         total = codec.lengths_of_left_mask(mask)
-        new = mask[:, -tokens:].sum(1)
+        states = self._send(hidden_states, mask[:, -tokens:].sum(1), padded_left=True)
         request = pb.DecodeRequest(
             header=self._header(),
             cache=cache,
-            states=self._send(hidden_states, new, padded_left=True),
+            states=states,
             total_tokens=mask.shape[1],
             total_lengths=total.tolist(),
+            rows=self._rows[cache] or (),
         )
-        return self._received(self._exchange("Decode", request, pb.StatesReply).states)
+        reply = self._exchange("Decode", request, pb.StatesReply)
+        self._rows[cache] = None
+        return self._received(states, reply.states)
 
     def reorder_cache(self, cache: int, rows: Tensor) -> None:
-        """Keep the given rows of a cache."""
-        request = pb.ReorderRequest(header=self._header(), cache=cache, rows=rows.tolist())
-        self._exchange("ReorderCache", request, pb.Done)
+        """Keep the given rows of a cache; the server is told together with the next tokens, in one message."""
+        self._check_open(cache)
+        before, chosen = self._rows[cache], rows.tolist()
+        self._rows[cache] = chosen if before is None else [before[row] for row in chosen]
 
     def close_cache(self, cache: int) -> None:
         """Let go of a cache."""
+        self._check_open(cache)
+        del self._rows[cache]
         self._exchange("CloseCache", pb.CacheRequest(header=self._header(), cache=cache), pb.Done)
 
     def adapter(self) -> AdapterState:
@@ -249,3 +244,16 @@ class GrpcTransport:
         """Write the middle optimizer's state."""
         request = pb.TensorsRequest(header=self._header(), tensors=codec.encode_tensors(self._own(state)))
         self._exchange("RestoreOptimizer", request, pb.Done)
+
+    def save(self) -> None:
+        """Have the server write the middle adapter and optimizer to its disk."""
+        self._simple("Save")
+
+    def restore(self) -> None:
+        """Have the server put the middle adapter and optimizer back to where they were saved last."""
+        self._simple("Restore")
+
+    def leave(self) -> None:
+        """Let go of everything that the server holds in memory; one that does not answer lets go by itself later."""
+        with suppress(TransportError):
+            self._simple("Leave")

@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19pplr/runtimes/stage.proto\x12\x04pplr\"\x93\x01\n\x06States\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x18\n\x04wire\x18\x04 \x01(\x0e\x32\n.pplr.Wire\x12\x13\n\x0bpadded_left\x18\x05 \x01(\x08\x12\x0f\n\x07lengths\x18\x06 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x07 \x01(\x0c\x12\x0e\n\x06scales\x18\x08 \x01(\x0c\"T\n\x0bNamedTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x05\x64type\x18\x02 \x01(\x0e\x32\x0b.pplr.DType\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"-\n\x07Tensors\x12\"\n\x07tensors\x18\x01 \x03(\x0b\x32\x11.pplr.NamedTensor\"+\n\x06Header\x12\x0f\n\x07session\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"\xbe\x01\n\x0cHelloRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0b\x62\x61se_sha256\x18\x02 \x01(\t\x12\x14\n\x0cinput_layers\x18\x03 \x01(\r\x12\x15\n\routput_layers\x18\x04 \x01(\r\x12\x14\n\x0ctotal_layers\x18\x05 \x01(\r\x12\x18\n\x04wire\x18\x06 \x01(\x0e\x32\n.pplr.Wire\x12\x14\n\x0c\x61\x64\x61pter_json\x18\x07 \x01(\t\x12\x15\n\rtraining_json\x18\x08 \x01(\t\"y\n\nHelloReply\x12\x0f\n\x07session\x18\x01 \x01(\x04\x12\x18\n\x04wire\x18\x02 \x01(\x0e\x32\n.pplr.Wire\x12\x19\n\x11max_message_bytes\x18\x03 \x01(\x04\x12\x11\n\tmax_batch\x18\x04 \x01(\x04\x12\x12\n\nmax_tokens\x18\x05 \x01(\x04\"\xa9\x01\n\x0e\x46orwardRequest\x12\x1c\n\x06header\x18\x01 \x01(\x0b\x32\x0c.pplr.Header\x12\x1c\n\x06states\x18\x02 \x01(\x0b\x32\x0c.pplr.States\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0c\n\x04keep\x18\x04 \x01(\x08\x12\x0f\n\x07\x61\x64\x61pter\x18\x05 \x01(\x08\x12\x18\n\x10has_dropout_seed\x18\x06 \x01(\x08\x12\x14\n\x0c\x64ropout_seed\x18\x07 \x01(\x04\"[\n\x0f\x42\x61\x63kwardRequest\x12\x1c\n\x06header\x18\x01 \x01(\x0b\x32\x0c.pplr.Header\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x1c\n\x06states\x18\x03 \x01(\x0b\x32\x0c.pplr.States\"+\n\x0bStatesReply\x12\x1c\n\x06states\x18\x01 \x01(\x0b\x32\x0c.pplr.States\"\x9f\x01\n\x11\x42\x65ginRoundRequest\x12\x1c\n\x06header\x18\x01 \x01(\x0b\x32\x0c.pplr.Header\x12\x13\n\x0btotal_steps\x18\x02 \x01(\r\x12\x13\n\x0bproximal_mu\x18\x03 \x01(\x01\x12\x0f\n\x07train_a\x18\x04 \x01(\x08\x12\x12\n\nhas_anchor\x18\x05 \x01(\x08\x12\x1d\n\x06\x61nchor\x18\x06 \x01(\x0b\x32\r.pplr.Tensors\"+\n\x0bNormRequest\x12\x1c\n\x06header\x18\x01 \x01(\x0b\x32\x0c.pplr.Header\"\x1c\n\tNormReply\x12\x0f\n\x07squared\x18\x01 \x01(\x01\":\n\x0bStepRequest\x12\x1c\n\x06header\x18\x01 \x01(\x0b\x32\x0c.pplr.Header\x12\r\n\x05scale\x18\x02 \x01(\x01\"-\n\rSimpleRequest\x12\x1c\n\x06header\x18\x01 \x01(\x0b\x32\x0c.pplr.Header\"\x06\n\x04\x44one\";\n\x0c\x43\x61\x63heRequest\x12\x1c\n\x06header\x18\x01 \x01(\x0b\x32\x0c.pplr.Header\x12\r\n\x05\x63\x61\x63he\x18\x02 \x01(\x04\"\x1b\n\nCacheReply\x12\r\n\x05\x63\x61\x63he\x18\x01 \x01(\x04\"\x87\x01\n\rDecodeRequest\x12\x1c\n\x06header\x18\x01 \x01(\x0b\x32\x0c.pplr.Header\x12\r\n\x05\x63\x61\x63he\x18\x02 \x01(\x04\x12\x1c\n\x06states\x18\x03 \x01(\x0b\x32\x0c.pplr.States\x12\x14\n\x0ctotal_tokens\x18\x04 \x01(\r\x12\x15\n\rtotal_lengths\x18\x05 \x03(\r\"K\n\x0eReorderRequest\x12\x1c\n\x06header\x18\x01 \x01(\x0b\x32\x0c.pplr.Header\x12\r\n\x05\x63\x61\x63he\x18\x02 \x01(\x04\x12\x0c\n\x04rows\x18\x03 \x03(\r\"N\n\x0eTensorsRequest\x12\x1c\n\x06header\x18\x01 \x01(\x0b\x32\x0c.pplr.Header\x12\x1e\n\x07tensors\x18\x02 \x01(\x0b\x32\r.pplr.Tensors\".\n\x0cTensorsReply\x12\x1e\n\x07tensors\x18\x01 \x01(\x0b\x32\r.pplr.Tensors*P\n\x04Wire\x12\x14\n\x10WIRE_UNSPECIFIED\x10\x00\x12\x10\n\x0cWIRE_FLOAT32\x10\x01\x12\x11\n\rWIRE_BFLOAT16\x10\x02\x12\r\n\tWIRE_INT8\x10\x03*V\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x0f\n\x0b\x44TYPE_INT64\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19pplr/runtimes/stage.proto\x12\x04pplr\"\x93\x01\n\x06States\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x18\n\x04wire\x18\x04 \x01(\x0e\x32\n.pplr.Wire\x12\x13\n\x0bpadded_left\x18\x05 \x01(\x08\x12\x0f\n\x07lengths\x18\x06 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x07 \x01(\x0c\x12\x0e\n\x06scales\x18\x08 \x01(\x0c\"T\n\x0bNamedTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x05\x64type\x18\x02 \x01(\x0e\x32\x0b.pplr.DType\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"-\n\x07Tensors\x12\"\n\x07tensors\x18\x01 \x03(\x0b\x32\x11.pplr.NamedTensor\"+\n\x06Header\x12\x0f\n\x07session\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"\xee\x01\n\x0cHelloRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0b\x62\x61se_sha256\x18\x02 \x01(\t\x12\x14\n\x0cinput_layers\x18\x03 \x01(\r\x12\x15\n\routput_layers\x18\x04 \x01(\r\x12\x14\n\x0ctotal_layers\x18\x05 \x01(\r\x12\x19\n\x05wires\x18\x06 \x03(\x0e\x32\n.pplr.Wire\x12\x14\n\x0c\x61\x64\x61pter_json\x18\x07 \x01(\t\x12\x15\n\rtraining_json\x18\x08 \x01(\t\x12\x0e\n\x06tenant\x18\t \x01(\t\x12\x0f\n\x07\x61ttempt\x18\n \x01(\x04\x12\x0c\n\x04keep\x18\x0b \x01(\x08\"\x87\x01\n\nHelloReply\x12\x0f\n\x07session\x18\x01 \x01(\x04\x12\x18\n\x04wire\x18\x02 \x01(\x0e\x32\n.pplr.Wire\x12\x19\n\x11max_message_bytes\x18\x03 \x01(\x04\x12\x11\n\tmax_batch\x18\x04 \x01(\x04\x12\x12\n\nmax_tokens\x18\x05 \x01(\x04\x12\x0c\n\x04kept\x18\x06 \x01(\x08\"\xa9\x01\n\x0e\x46orwardRequest\x12\x1c\n\x06header\x18\x01 \x01(\x0b\x32\x0c.pplr.Header\x12\x1c\n\x06states\x18\x02 \x01(\x0b\x32\x0c.pplr.States\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0c\n\x04keep\x18\x04 \x01(\x08\x12\x0f\n\x07\x61\x64\x61pter\x18\x05 \x01(\x08\x12\x18\n\x10has_dropout_seed\x18\x06 \x01(\x08\x12\x14\n\x0c\x64ropout_seed\x18\x07 \x01(\x04\"[\n\x0f\x42\x61\x63kwardRequest\x12\x1c\n\x06header\x18\x01 \x01(\x0b\x32\x0c.pplr.Header\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x1c\n\x06states\x18\x03 \x01(\x0b\x32\x0c.pplr.States\"+\n\x0bStatesReply\x12\x1c\n\x06states\x18\x01 \x01(\x0b\x32\x0c.pplr.States\"\x9f\x01\n\x11\x42\x65ginRoundRequest\x12\x1c\n\x06header\x18\x01 \x01(\x0b\x32\x0c.pplr.Header\x12\x13\n\x0btotal_steps\x18\x02 \x01(\r\x12\x13\n\x0bproximal_mu\x18\x03 \x01(\x01\x12\x0f\n\x07train_a\x18\x04 \x01(\x08\x12\x12\n\nhas_anchor\x18\x05 \x01(\x08\x12\x1d\n\x06\x61nchor\x18\x06 \x01(\x0b\x32\r.pplr.Tensors\"+\n\x0bNormRequest\x12\x1c\n\x06header\x18\x01 \x01(\x0b\x32\x0c.pplr.Header\"\x1c\n\tNormReply\x12\x0f\n\x07squared\x18\x01 \x01(\x01\":\n\x0bStepRequest\x12\x1c\n\x06header\x18\x01 \x01(\x0b\x32\x0c.pplr.Header\x12\r\n\x05scale\x18\x02 \x01(\x01\"-\n\rSimpleRequest\x12\x1c\n\x06header\x18\x01 \x01(\x0b\x32\x0c.pplr.Header\"\x06\n\x04\x44one\";\n\x0c\x43\x61\x63heRequest\x12\x1c\n\x06header\x18\x01 \x01(\x0b\x32\x0c.pplr.Header\x12\r\n\x05\x63\x61\x63he\x18\x02 \x01(\x04\"\x1b\n\nCacheReply\x12\r\n\x05\x63\x61\x63he\x18\x01 \x01(\x04\"\x95\x01\n\rDecodeRequest\x12\x1c\n\x06header\x18\x01 \x01(\x0b\x32\x0c.pplr.Header\x12\r\n\x05\x63\x61\x63he\x18\x02 \x01(\x04\x12\x1c\n\x06states\x18\x03 \x01(\x0b\x32\x0c.pplr.States\x12\x14\n\x0ctotal_tokens\x18\x04 \x01(\r\x12\x15\n\rtotal_lengths\x18\x05 \x03(\r\x12\x0c\n\x04rows\x18\x06 \x03(\r\"N\n\x0eTensorsRequest\x12\x1c\n\x06header\x18\x01 \x01(\x0b\x32\x0c.pplr.Header\x12\x1e\n\x07tensors\x18\x02 \x01(\x0b\x32\r.pplr.Tensors\".\n\x0cTensorsReply\x12\x1e\n\x07tensors\x18\x01 \x01(\x0b\x32\r.pplr.Tensors\"P\n\x0eTenancyRequest\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x1e\n\x07tensors\x18\x03 \x01(\x0b\x32\r.pplr.Tensors\"\xa7\x01\n\x07Tenancy\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x14\n\x0cinput_layers\x18\x03 \x01(\r\x12\x15\n\routput_layers\x18\x04 \x01(\r\x12\x0c\n\x04rank\x18\x05 \x01(\r\x12\r\n\x05steps\x18\x06 \x01(\x04\x12\x11\n\tin_memory\x18\x07 \x01(\x08\x12\x0f\n\x07on_disk\x18\x08 \x01(\x08\x12\x0e\n\x06idle_s\x18\t \x01(\x01\"/\n\x0bTenancyList\x12 \n\ttenancies\x18\x01 \x03(\x0b\x32\r.pplr.Tenancy\"\x19\n\tTextReply\x12\x0c\n\x04text\x18\x01 \x01(\t*P\n\x04Wire\x12\x14\n\x10WIRE_UNSPECIFIED\x10\x00\x12\x10\n\x0cWIRE_FLOAT32\x10\x01\x12\x11\n\rWIRE_BFLOAT16\x10\x02\x12\r\n\tWIRE_INT8\x10\x03*V\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x0f\n\x0b\x44TYPE_INT64\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pplr.runtimes.stage_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WIRE']._serialized_start=1774
-  _globals['_WIRE']._serialized_end=1854
-  _globals['_DTYPE']._serialized_start=1856
-  _globals['_DTYPE']._serialized_end=1942
+  _globals['_WIRE']._serialized_start=2102
+  _globals['_WIRE']._serialized_end=2182
+  _globals['_DTYPE']._serialized_start=2184
+  _globals['_DTYPE']._serialized_end=2270
   _globals['_STATES']._serialized_start=36
   _globals['_STATES']._serialized_end=183
   _globals['_NAMEDTENSOR']._serialized_start=185
@@ -44,37 +44,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HEADER']._serialized_start=318
   _globals['_HEADER']._serialized_end=361
   _globals['_HELLOREQUEST']._serialized_start=364
-  _globals['_HELLOREQUEST']._serialized_end=554
-  _globals['_HELLOREPLY']._serialized_start=556
-  _globals['_HELLOREPLY']._serialized_end=677
-  _globals['_FORWARDREQUEST']._serialized_start=680
-  _globals['_FORWARDREQUEST']._serialized_end=849
-  _globals['_BACKWARDREQUEST']._serialized_start=851
-  _globals['_BACKWARDREQUEST']._serialized_end=942
-  _globals['_STATESREPLY']._serialized_start=944
-  _globals['_STATESREPLY']._serialized_end=987
-  _globals['_BEGINROUNDREQUEST']._serialized_start=990
-  _globals['_BEGINROUNDREQUEST']._serialized_end=1149
-  _globals['_NORMREQUEST']._serialized_start=1151
-  _globals['_NORMREQUEST']._serialized_end=1194
-  _globals['_NORMREPLY']._serialized_start=1196
-  _globals['_NORMREPLY']._serialized_end=1224
-  _globals['_STEPREQUEST']._serialized_start=1226
-  _globals['_STEPREQUEST']._serialized_end=1284
-  _globals['_SIMPLEREQUEST']._serialized_start=1286
-  _globals['_SIMPLEREQUEST']._serialized_end=1331
-  _globals['_DONE']._serialized_start=1333
-  _globals['_DONE']._serialized_end=1339
-  _globals['_CACHEREQUEST']._serialized_start=1341
-  _globals['_CACHEREQUEST']._serialized_end=1400
-  _globals['_CACHEREPLY']._serialized_start=1402
-  _globals['_CACHEREPLY']._serialized_end=1429
-  _globals['_DECODEREQUEST']._serialized_start=1432
-  _globals['_DECODEREQUEST']._serialized_end=1567
-  _globals['_REORDERREQUEST']._serialized_start=1569
-  _globals['_REORDERREQUEST']._serialized_end=1644
+  _globals['_HELLOREQUEST']._serialized_end=602
+  _globals['_HELLOREPLY']._serialized_start=605
+  _globals['_HELLOREPLY']._serialized_end=740
+  _globals['_FORWARDREQUEST']._serialized_start=743
+  _globals['_FORWARDREQUEST']._serialized_end=912
+  _globals['_BACKWARDREQUEST']._serialized_start=914
+  _globals['_BACKWARDREQUEST']._serialized_end=1005
+  _globals['_STATESREPLY']._serialized_start=1007
+  _globals['_STATESREPLY']._serialized_end=1050
+  _globals['_BEGINROUNDREQUEST']._serialized_start=1053
+  _globals['_BEGINROUNDREQUEST']._serialized_end=1212
+  _globals['_NORMREQUEST']._serialized_start=1214
+  _globals['_NORMREQUEST']._serialized_end=1257
+  _globals['_NORMREPLY']._serialized_start=1259
+  _globals['_NORMREPLY']._serialized_end=1287
+  _globals['_STEPREQUEST']._serialized_start=1289
+  _globals['_STEPREQUEST']._serialized_end=1347
+  _globals['_SIMPLEREQUEST']._serialized_start=1349
+  _globals['_SIMPLEREQUEST']._serialized_end=1394
+  _globals['_DONE']._serialized_start=1396
+  _globals['_DONE']._serialized_end=1402
+  _globals['_CACHEREQUEST']._serialized_start=1404
+  _globals['_CACHEREQUEST']._serialized_end=1463
+  _globals['_CACHEREPLY']._serialized_start=1465
+  _globals['_CACHEREPLY']._serialized_end=1492
+  _globals['_DECODEREQUEST']._serialized_start=1495
+  _globals['_DECODEREQUEST']._serialized_end=1644
   _globals['_TENSORSREQUEST']._serialized_start=1646
   _globals['_TENSORSREQUEST']._serialized_end=1724
   _globals['_TENSORSREPLY']._serialized_start=1726
   _globals['_TENSORSREPLY']._serialized_end=1772
+  _globals['_TENANCYREQUEST']._serialized_start=1774
+  _globals['_TENANCYREQUEST']._serialized_end=1854
+  _globals['_TENANCY']._serialized_start=1857
+  _globals['_TENANCY']._serialized_end=2024
+  _globals['_TENANCYLIST']._serialized_start=2026
+  _globals['_TENANCYLIST']._serialized_end=2073
+  _globals['_TEXTREPLY']._serialized_start=2075
+  _globals['_TEXTREPLY']._serialized_end=2100
 # @@protoc_insertion_point(module_scope)

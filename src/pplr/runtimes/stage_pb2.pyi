@@ -76,38 +76,46 @@ class Header(_message.Message):
     def __init__(self, session: _Optional[int] = ..., sequence: _Optional[int] = ...) -> None: ...
 
 class HelloRequest(_message.Message):
-    __slots__ = ("version", "base_sha256", "input_layers", "output_layers", "total_layers", "wire", "adapter_json", "training_json")
+    __slots__ = ("version", "base_sha256", "input_layers", "output_layers", "total_layers", "wires", "adapter_json", "training_json", "tenant", "attempt", "keep")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BASE_SHA256_FIELD_NUMBER: _ClassVar[int]
     INPUT_LAYERS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_LAYERS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_LAYERS_FIELD_NUMBER: _ClassVar[int]
-    WIRE_FIELD_NUMBER: _ClassVar[int]
+    WIRES_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_JSON_FIELD_NUMBER: _ClassVar[int]
     TRAINING_JSON_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
     version: str
     base_sha256: str
     input_layers: int
     output_layers: int
     total_layers: int
-    wire: Wire
+    wires: _containers.RepeatedScalarFieldContainer[Wire]
     adapter_json: str
     training_json: str
-    def __init__(self, version: _Optional[str] = ..., base_sha256: _Optional[str] = ..., input_layers: _Optional[int] = ..., output_layers: _Optional[int] = ..., total_layers: _Optional[int] = ..., wire: _Optional[_Union[Wire, str]] = ..., adapter_json: _Optional[str] = ..., training_json: _Optional[str] = ...) -> None: ...
+    tenant: str
+    attempt: int
+    keep: bool
+    def __init__(self, version: _Optional[str] = ..., base_sha256: _Optional[str] = ..., input_layers: _Optional[int] = ..., output_layers: _Optional[int] = ..., total_layers: _Optional[int] = ..., wires: _Optional[_Iterable[_Union[Wire, str]]] = ..., adapter_json: _Optional[str] = ..., training_json: _Optional[str] = ..., tenant: _Optional[str] = ..., attempt: _Optional[int] = ..., keep: _Optional[bool] = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("session", "wire", "max_message_bytes", "max_batch", "max_tokens")
+    __slots__ = ("session", "wire", "max_message_bytes", "max_batch", "max_tokens", "kept")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     WIRE_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     session: int
     wire: Wire
     max_message_bytes: int
     max_batch: int
     max_tokens: int
-    def __init__(self, session: _Optional[int] = ..., wire: _Optional[_Union[Wire, str]] = ..., max_message_bytes: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_tokens: _Optional[int] = ...) -> None: ...
+    kept: bool
+    def __init__(self, session: _Optional[int] = ..., wire: _Optional[_Union[Wire, str]] = ..., max_message_bytes: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_tokens: _Optional[int] = ..., kept: _Optional[bool] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
     __slots__ = ("header", "states", "step", "keep", "adapter", "has_dropout_seed", "dropout_seed")
@@ -204,28 +212,20 @@ class CacheReply(_message.Message):
     def __init__(self, cache: _Optional[int] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("header", "cache", "states", "total_tokens", "total_lengths")
+    __slots__ = ("header", "cache", "states", "total_tokens", "total_lengths", "rows")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
     STATES_FIELD_NUMBER: _ClassVar[int]
     TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
     header: Header
     cache: int
     states: States
     total_tokens: int
     total_lengths: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., cache: _Optional[int] = ..., states: _Optional[_Union[States, _Mapping]] = ..., total_tokens: _Optional[int] = ..., total_lengths: _Optional[_Iterable[int]] = ...) -> None: ...
-
-class ReorderRequest(_message.Message):
-    __slots__ = ("header", "cache", "rows")
-    HEADER_FIELD_NUMBER: _ClassVar[int]
-    CACHE_FIELD_NUMBER: _ClassVar[int]
-    ROWS_FIELD_NUMBER: _ClassVar[int]
-    header: Header
-    cache: int
     rows: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., cache: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., cache: _Optional[int] = ..., states: _Optional[_Union[States, _Mapping]] = ..., total_tokens: _Optional[int] = ..., total_lengths: _Optional[_Iterable[int]] = ..., rows: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TensorsRequest(_message.Message):
     __slots__ = ("header", "tensors")
@@ -240,3 +240,47 @@ class TensorsReply(_message.Message):
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     tensors: Tensors
     def __init__(self, tensors: _Optional[_Union[Tensors, _Mapping]] = ...) -> None: ...
+
+class TenancyRequest(_message.Message):
+    __slots__ = ("client", "tenant", "tensors")
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    client: str
+    tenant: str
+    tensors: Tensors
+    def __init__(self, client: _Optional[str] = ..., tenant: _Optional[str] = ..., tensors: _Optional[_Union[Tensors, _Mapping]] = ...) -> None: ...
+
+class Tenancy(_message.Message):
+    __slots__ = ("client", "tenant", "input_layers", "output_layers", "rank", "steps", "in_memory", "on_disk", "idle_s")
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    INPUT_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    IN_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    ON_DISK_FIELD_NUMBER: _ClassVar[int]
+    IDLE_S_FIELD_NUMBER: _ClassVar[int]
+    client: str
+    tenant: str
+    input_layers: int
+    output_layers: int
+    rank: int
+    steps: int
+    in_memory: bool
+    on_disk: bool
+    idle_s: float
+    def __init__(self, client: _Optional[str] = ..., tenant: _Optional[str] = ..., input_layers: _Optional[int] = ..., output_layers: _Optional[int] = ..., rank: _Optional[int] = ..., steps: _Optional[int] = ..., in_memory: _Optional[bool] = ..., on_disk: _Optional[bool] = ..., idle_s: _Optional[float] = ...) -> None: ...
+
+class TenancyList(_message.Message):
+    __slots__ = ("tenancies",)
+    TENANCIES_FIELD_NUMBER: _ClassVar[int]
+    tenancies: _containers.RepeatedCompositeFieldContainer[Tenancy]
+    def __init__(self, tenancies: _Optional[_Iterable[_Union[Tenancy, _Mapping]]] = ...) -> None: ...
+
+class TextReply(_message.Message):
+    __slots__ = ("text",)
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    def __init__(self, text: _Optional[str] = ...) -> None: ...

@@ -1,4 +1,4 @@
-"""The server's side of the cut, over gRPC: one frozen base, and for each authenticated client a tenancy of its own.
+"""The server's side of the cut, over gRPC: one frozen base, and for each authenticated client tenancies of its own.
 
 Who calls is said by the certificate, never by the message. Every session counts its requests; the newest request may be
 sent again and gets the same reply, so a retry never steps an optimizer twice. What is over a limit is refused before
@@ -7,80 +7,47 @@ anything is allocated. Nothing of a tensor is logged.
 
 from __future__ import annotations
 
-import json
-import math
-import secrets
+import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent import futures
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import grpc
-import torch
-from google.protobuf.message import DecodeError, Message
-from torch import Tensor
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from pplr.backbones.base import Backbone
-from pplr.config import AdapterConfig, TrainingConfig
-from pplr.errors import AdapterError, CutError, IdentityError, PplrError, TransportError, WireError
-from pplr.runtimes import codec
+from pplr.errors import AdapterError, BackboneError, CutError, IdentityError, PplrError, TransportError, WireError
 from pplr.runtimes import stage_pb2 as pb
-from pplr.runtimes.codec import Limits, Wire
-from pplr.runtimes.framing import SERVICE, frames, joined
+from pplr.runtimes.codec import Wire
+from pplr.runtimes.framing import PROTOCOL, SERVICE, frames, joined
 from pplr.runtimes.identity import Identity, ServerIdentity, identity_of
-from pplr.stages.cut import CutPlan
-from pplr.stages.host import StageHost
-from pplr.stages.optimizer import LocalObjective
-from pplr.stages.stage import StageCall
+from pplr.runtimes.stage_calls import OperatorCalls, SessionCalls
+from pplr.runtimes.stage_metrics import StageMetrics
+from pplr.runtimes.stage_state import StateStore
+from pplr.runtimes.stage_tenancies import LimitError, ServerLimits, Session, Tenancies, UnknownSessionError
+from pplr.runtimes.turns import Turns
 
 __all__ = ["ServerLimits", "StageServer"]
 
-
-@dataclass(frozen=True)
-class ServerLimits:
-    """What the server grants.
-
-    Args:
-        max_rows: Rows of a batch, or of a cache.
-        max_tokens: Tokens of a sequence.
-        max_message_bytes: Bytes of one request, over all its frames.
-        max_caches: Open key-value caches of one client.
-        max_kept: Forward passes of one client that wait for their backward pass.
-        max_clients: Clients with a tenancy.
-        concurrent_calls: Calls of one client at once.
-        workers: Calls of all clients at once.
-        call_timeout_s: Longest time that a call may take to arrive.
-        cache_ttl_s: A cache that nobody used for so long is closed.
-    """
-
-    max_rows: int = 512
-    max_tokens: int = 4096
-    max_message_bytes: int = 256 * 2**20
-    max_caches: int = 4
-    max_kept: int = 4
-    max_clients: int = 256
-    concurrent_calls: int = 2
-    workers: int = 16
-    call_timeout_s: float = 120.0
-    cache_ttl_s: float = 600.0
-
-
-@dataclass
-class _Session:
-    """One client's session: its side of the cut, and where its count of requests stands."""
-
-    number: int
-    client: str
-    host: StageHost
-    wire: Wire
-    sequence: int = 0
-    reply: bytes | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    kept: set[int] = field(default_factory=set)
-    caches: dict[int, float] = field(default_factory=dict)
+_LOG = logging.getLogger("pplr.stage")
+_CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
+    (UnknownSessionError, grpc.StatusCode.NOT_FOUND),
+    (LimitError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (IdentityError, grpc.StatusCode.PERMISSION_DENIED),
+    (WireError, grpc.StatusCode.INVALID_ARGUMENT),
+    (AdapterError, grpc.StatusCode.INVALID_ARGUMENT),
+    (CutError, grpc.StatusCode.INVALID_ARGUMENT),
+    (BackboneError, grpc.StatusCode.INVALID_ARGUMENT),
+    (DecodeError, grpc.StatusCode.INVALID_ARGUMENT),
+    (PplrError, grpc.StatusCode.FAILED_PRECONDITION),
+)
+_TIDY_S = 5.0
 
 
 class _RefusedError(Exception):
@@ -99,104 +66,175 @@ class StageServer:
         identity: The server's key, certificate, certificate authority and revocation list.
         address: ``host:port`` to listen on; port 0 takes a free one.
         limits: What is granted.
+        wires: Forms in which states may travel.
+        state: Folder in which tenancies are saved; ``None`` keeps them in memory alone.
+        metrics_address: Loopback ``host:port`` for Prometheus; ``None`` is no such port.
+
+    Raises:
+        TransportError: An address is not free, or not one to listen on.
     """
 
     def __init__(
-        self, backbone: Backbone, identity: ServerIdentity, address: str, limits: ServerLimits | None = None
+        self,
+        backbone: Backbone,
+        identity: ServerIdentity,
+        address: str,
+        limits: ServerLimits | None = None,
+        *,
+        wires: tuple[Wire, ...] = tuple(Wire),
+        state: Path | None = None,
+        metrics_address: str | None = None,
     ) -> None:
         self.limits = limits or ServerLimits()
-        self.requests: Counter[tuple[str, str]] = Counter()
-        self._backbone = backbone
+        self.metrics = StageMetrics()
+        store = None if state is None else StateStore(state, _LOG.warning)
+        self.tenancies = Tenancies(backbone, backbone.fingerprint(), self.limits, store)
         self._identity = identity
-        self._base = backbone.fingerprint()
-        self._states = Limits(
-            width=backbone.hidden_size, max_rows=self.limits.max_rows, max_tokens=self.limits.max_tokens,
-            max_message_bytes=self.limits.max_message_bytes,
-        )  # fmt: skip
-        self._hosts: dict[str, StageHost] = {}
-        self._home: dict[str, str] = {}
-        self._sessions: dict[str, _Session] = {}
+        self._session_calls = SessionCalls(self.tenancies, wires)
+        self._operator_calls = OperatorCalls(self.tenancies, time.monotonic, self.metrics.text)
+        self._turns = Turns()
         self._calls: Counter[str] = Counter()
-        self._compute = threading.Lock()
         self._registry = threading.Lock()
-        self._server = grpc.server(
+        self._draining = threading.Event()
+        self._stopped = threading.Event()
+        self._watch()
+        self._server = self._listen(address)
+        self.metrics_port, self._stop_metrics = 0, lambda: None
+        if metrics_address is not None:
+            self.metrics_port, self._stop_metrics = self.metrics.listen(metrics_address)
+
+    def _watch(self) -> None:
+        every = self.tenancies.all
+        watched: dict[str, tuple[str, Callable[[], float]]] = {
+            "tenancies": ("Adapters in memory.", lambda: len(every())),
+            "clients": ("Clients with a tenancy.", lambda: len({own.owner.client for own in every()})),
+            "rounds": ("Rounds of local training under way.", lambda: sum(own.in_round for own in every())),
+            "kept_passes": ("Forward passes that wait for a gradient.", lambda: sum(len(own.kept) for own in every())),
+            "open_caches": ("Open key-value caches.", lambda: sum(len(own.caches) for own in every())),
+            "waiting_calls": ("Calls that wait for their turn.", lambda: self._turns.waiting),
+        }
+        for name, (meaning, read) in watched.items():
+            self.metrics.watch(name, meaning, read)
+
+    def _listen(self, address: str) -> grpc.Server:
+        server = grpc.server(
             futures.ThreadPoolExecutor(self.limits.workers, thread_name_prefix="stage"),
             maximum_concurrent_rpcs=self.limits.workers,
             options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 2 << 20)],
         )
-        handlers = {
-            name: grpc.stream_stream_rpc_method_handler(self._serving(name)) for name in ("Hello", *self._answers())
-        }
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        names = ("Hello", *self._session_calls.answers, *self._operator_calls.answers)
+        handlers = {name: grpc.stream_stream_rpc_method_handler(self._serving(name)) for name in names}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        self._health = _Health(self._caller)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         credentials = grpc.ssl_server_credentials(
-            [(identity.key_pem, identity.certificate_pem)],
-            root_certificates=identity.ca_pem,
+            [(self._identity.key_pem, self._identity.certificate_pem)],
+            root_certificates=self._identity.ca_pem,
             require_client_auth=True,
         )
         try:
-            self.port = self._server.add_secure_port(address, credentials)
+            self.port = server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise TransportError(f"cannot listen on {address}", cure="Choose a free port of this machine.") from error
+        return server
+
+    # -- life -------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Begin to answer."""
         self._server.start()
+        threading.Thread(target=self._tidy, name="stage-tidy", daemon=True).start()
+        for service in ("", SERVICE):
+            self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+
+    def drain(self, grace_s: float) -> bool:
+        """Take no new sessions and rounds, and wait for those under way.
+
+        Args:
+            grace_s: Longest wait.
+
+        Returns:
+            Whether nothing is under way any more.
+        """
+        self._draining.set()
+        self._health.enter_graceful_shutdown()
+        until = time.monotonic() + grace_s
+        while busy := any(own.in_round or own.caches for own in self.tenancies.all()):
+            if time.monotonic() >= until:
+                break
+            time.sleep(0.05)
+        return not busy
 
     def stop(self, grace_s: float = 5.0) -> None:
-        """Take no new calls, let those under way end within ``grace_s``, and stop."""
+        """Take no new calls, let those under way end within ``grace_s``, save every tenancy, and stop.
+
+        Raises:
+            StorageError: A tenancy could not be saved; the others were.
+        """
+        self._draining.set()
+        self._stopped.set()
         self._server.stop(grace_s).wait()
+        self._stop_metrics()
+        troubles = []
+        with self._turns.of(""):
+            for session in self.tenancies.all() if self.tenancies.store is not None else []:
+                try:
+                    self.tenancies.save(session)
+                except PplrError as error:
+                    troubles.append(error)
+        if troubles:
+            raise troubles[0]
 
     def wait(self) -> None:
         """Block until the server stops."""
         self._server.wait_for_termination()
 
-    # -- one call ---------------------------------------------------------------------------------------------
+    def _tidy(self) -> None:
+        every = min(_TIDY_S, self.limits.cache_ttl_s / 2)
+        while not self._stopped.wait(every):
+            with self._turns.of(""):
+                for trouble in self.tenancies.tidy(time.monotonic()):
+                    _LOG.warning("%s", trouble)
 
-    def _answers(self) -> dict[str, tuple[type[Message], Callable[[_Session, Any], Message]]]:
-        return {
-            "Forward": (pb.ForwardRequest, self._forward),
-            "Backward": (pb.BackwardRequest, self._backward),
-            "Discard": (pb.SimpleRequest, self._discard),
-            "BeginRound": (pb.BeginRoundRequest, self._begin_round),
-            "GradientNorm": (pb.NormRequest, self._gradient_norm),
-            "OptimizerStep": (pb.StepRequest, self._optimizer_step),
-            "EndRound": (pb.SimpleRequest, self._end_round),
-            "OpenCache": (pb.SimpleRequest, self._open_cache),
-            "Decode": (pb.DecodeRequest, self._decode),
-            "ReorderCache": (pb.ReorderRequest, self._reorder_cache),
-            "CloseCache": (pb.CacheRequest, self._close_cache),
-            "Adapter": (pb.SimpleRequest, self._adapter),
-            "SetAdapter": (pb.TensorsRequest, self._set_adapter),
-            "OptimizerState": (pb.SimpleRequest, self._optimizer_state),
-            "RestoreOptimizer": (pb.TensorsRequest, self._restore_optimizer),
-        }
+    # -- one call ---------------------------------------------------------------------------------------------
 
     def _serving(self, name: str) -> Callable[[Iterator[bytes], grpc.ServicerContext], Iterator[bytes]]:
         def serve(parts: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
             client = ""
             try:
-                client = self._caller(context).name
-                with self._registry:
-                    if self._calls[client] >= self.limits.concurrent_calls:
-                        raise _RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls at once")
-                    self._calls[client] += 1
-                try:
-                    reply = self._answer(name, client, self._arrived(parts, context))
-                finally:
-                    with self._registry:
-                        self._calls[client] -= 1
-                self.requests[client, name] += 1
+                identity = self._caller(context)
+                client = identity.name
+                with self._counted(client):
+                    content = self._arrived(parts, context)
+                    self.metrics.crossed(client, received=len(content))
+                    started = time.monotonic()
+                    reply = self._answer(name, identity, content)
+                    self.metrics.took(name, time.monotonic() - started)
+                self.metrics.crossed(client, sent=len(reply))
+                self.metrics.request(client, name, "OK")
                 yield from frames(reply)
             except _RefusedError as error:
-                _abort(context, error.code, str(error))
-            except IdentityError as error:
-                _abort(context, grpc.StatusCode.PERMISSION_DENIED, str(error))
-            except (WireError, AdapterError, CutError, DecodeError) as error:
-                _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
-            except PplrError as error:
-                _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
+                self._abort(context, client, name, error.code, str(error))
+            except (PplrError, DecodeError) as error:
+                code = next(code for kind, code in _CODES if isinstance(error, kind))
+                text = "a message that cannot be read" if isinstance(error, DecodeError) else str(error)
+                self._abort(context, client, name, code, text)
+            except (RuntimeError, IndexError, ValueError, TypeError, OverflowError, MemoryError) as error:
+                if not context.is_active():
+                    return
+                _LOG.warning("%s of %s failed: %s", name, client, type(error).__name__)
+                self._abort(
+                    context, client, name, grpc.StatusCode.INTERNAL, f"{name} failed on the server. Tell its operator."
+                )
 
         return serve
+
+    def _abort(
+        self, context: grpc.ServicerContext, client: str, name: str, code: grpc.StatusCode, message: str
+    ) -> NoReturn:
+        self.metrics.request(client, name, code.name)
+        context.abort(code, " ".join(message.split())[:500])
+        raise AssertionError("abort raises")
 
     def _caller(self, context: grpc.ServicerContext) -> Identity:
         """Read the name that the certificate gives, and refuse one that was revoked since the connection began."""
@@ -208,6 +246,24 @@ class StageServer:
             raise _RefusedError(grpc.StatusCode.PERMISSION_DENIED, "this certificate is revoked")
         return identity
 
+    @contextmanager
+    def _counted(self, client: str) -> Iterator[None]:
+        """Grant a client so many calls at once."""
+        with self._registry:
+            if self._calls[client] >= self.limits.concurrent_calls:
+                raise LimitError(
+                    f"{self._calls[client]} calls of yours are under way, and no more are granted at once",
+                    cure="Wait for their replies.",
+                )
+            self._calls[client] += 1
+        try:
+            yield
+        finally:
+            with self._registry:
+                self._calls[client] -= 1
+                if not self._calls[client]:
+                    del self._calls[client]
+
     def _arrived(self, parts: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         """Take a message in, within the time that it may take."""
         timer = threading.Timer(self.limits.call_timeout_s, context.cancel)
@@ -215,17 +271,26 @@ class StageServer:
         timer.start()
         try:
             return joined(parts, self.limits.max_message_bytes)
+        except grpc.RpcError as error:  # the sender went away, or took too long
+            raise _RefusedError(grpc.StatusCode.CANCELLED, "the message did not arrive in time") from error
         finally:
             timer.cancel()
 
-    def _answer(self, name: str, client: str, content: bytes) -> bytes:
+    def _answer(self, name: str, identity: Identity, content: bytes) -> bytes:
+        if name in self._operator_calls.answers:
+            if identity.role != "operator":
+                raise _RefusedError(grpc.StatusCode.PERMISSION_DENIED, f"{name} is for operators")
+            kind, handler = self._operator_calls.answers[name]
+            asked: Any = kind.FromString(content)
+            with self._turns.of(identity.name):
+                return handler(asked).SerializeToString()
+        if identity.role != "client":
+            raise _RefusedError(grpc.StatusCode.PERMISSION_DENIED, f"{name} is for clients")
         if name == "Hello":
-            return self._hello(client, pb.HelloRequest.FromString(content)).SerializeToString()
-        kind, handler = self._answers()[name]
+            return self._hello(identity.name, pb.HelloRequest.FromString(content))
+        kind, handler = self._session_calls.answers[name]
         request: Any = kind.FromString(content)
-        session = self._sessions.get(client)
-        if session is None or session.number != request.header.session:
-            raise _RefusedError(grpc.StatusCode.FAILED_PRECONDITION, "this is not a session of yours; say hello again")
+        session = self.tenancies.session(identity.name, request.header.session)
         with session.lock:
             sequence = request.header.sequence
             if sequence == session.sequence and session.reply is not None:
@@ -235,187 +300,58 @@ class StageServer:
                     grpc.StatusCode.OUT_OF_RANGE,
                     f"request {sequence} of this session, expected {session.sequence + 1}",
                 )
-            with self._compute:
-                self._expire(session)
-                try:
-                    reply = handler(session, request).SerializeToString()
-                except (RuntimeError, IndexError, ValueError) as error:  # what torch says of shapes that do not meet
-                    raise _RefusedError(
-                        grpc.StatusCode.INVALID_ARGUMENT, "the request does not fit what is kept for you"
-                    ) from error
+            if name == "BeginRound":
+                self._refuse_while_draining()
+            reply = self._carry_out(name, handler, session, request)
             session.sequence, session.reply = sequence, reply
+        return reply
+
+    def _carry_out(self, name: str, handler: Callable[..., Any], session: Session, request: Any) -> bytes:
+        started = time.monotonic()
+        with self._turns.of(session.owner.client):
+            self.metrics.waited(name, time.monotonic() - started)
+            if not self.tenancies.is_current(session):  # a newer session took its place while this one waited
+                raise UnknownSessionError("a newer session took the place of this one", cure="Say hello again.")
+            session.used = time.monotonic()
+            try:
+                reply: bytes = handler(session, request).SerializeToString()
+            except (RuntimeError, IndexError, ValueError) as error:  # what torch says of shapes that do not meet
+                raise WireError("the request does not fit what is kept for you", cure="Begin the step anew.") from error
+            session.used = time.monotonic()
             return reply
 
-    def _expire(self, session: _Session) -> None:
-        """Close caches that nobody used for long."""
-        for cache, used in list(session.caches.items()):
-            if time.monotonic() - used > self.limits.cache_ttl_s:
-                session.host.close_cache(session.client, cache)
-                del session.caches[cache]
-
-    # -- what can be asked ------------------------------------------------------------------------------------
-
-    def _hello(self, client: str, request: Any) -> Any:
-        if request.base_sha256 != self._base:
-            raise _RefusedError(
-                grpc.StatusCode.FAILED_PRECONDITION, "your bundle was cut from another base than this server's"
+    def _hello(self, client: str, request: Any) -> bytes:
+        if request.version != PROTOCOL:
+            raise WireError(
+                f"a client that speaks protocol {request.version[:20]!r}, this server speaks {PROTOCOL!r}",
+                cure="Use the same version of pplr on both sides.",
             )
-        plan = CutPlan(request.input_layers, request.output_layers, self._backbone.total_layers)
+        self._refuse_while_draining()
+        with self._turns.of(client):
+            reply = self._session_calls.hello(client, request).SerializeToString()
+        return bytes(reply)
+
+    def _refuse_while_draining(self) -> None:
+        if self._draining.is_set():
+            raise _RefusedError(grpc.StatusCode.UNAVAILABLE, "the server is about to stop and begins nothing new")
+
+
+class _Health(health.HealthServicer):
+    """gRPC's health service, for whoever has a certificate that counts."""
+
+    def __init__(self, caller: Callable[[grpc.ServicerContext], Identity]) -> None:
+        super().__init__(experimental_non_blocking=False)
+        self._caller = caller
+
+    def Check(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802  (gRPC's name)
+        self._let_in(context)
+        return super().Check(request, context)
+
+    def Watch(self, request: Any, context: grpc.ServicerContext, **options: Any) -> Any:  # noqa: N802
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask again instead of watching")
+
+    def _let_in(self, context: grpc.ServicerContext) -> None:
         try:
-            adapter = AdapterConfig.model_validate_json(request.adapter_json)
-            training = TrainingConfig.model_validate_json(request.training_json)
-        except ValueError as error:
-            raise _RefusedError(grpc.StatusCode.INVALID_ARGUMENT, "unreadable adapter or training settings") from error
-        if adapter.rank > self._backbone.hidden_size:
-            raise _RefusedError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"an adapter of rank {adapter.rank}, at most {self._backbone.hidden_size} is granted",
-            )
-        key = json.dumps([plan.input_layers, plan.output_layers, adapter.model_dump(), training.model_dump()])
-        with self._registry, self._compute:
-            if client not in self._home and len(self._home) >= self.limits.max_clients:
-                raise _RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "the server has as many clients as it may")
-            if key not in self._hosts:
-                self._hosts[key] = StageHost(self._backbone, plan, adapter, training)
-            host = self._hosts[key]
-            before = self._home.get(client)
-            if before is not None and before != key:
-                self._hosts[before].dismiss(client)
-                del self._home[client]
-                if before not in self._home.values():
-                    del self._hosts[before]
-                before = None
-            if before is None:
-                host.admit(client, {name: torch.zeros(shape) for name, shape in host.stage.shapes.items()})
-                self._home[client] = key
-            host.discard(client)
-            session = _Session(secrets.randbits(63), client, host, Wire.of(request.wire))
-            self._sessions[client] = session
-        return pb.HelloReply(
-            session=session.number,
-            wire=request.wire,
-            max_message_bytes=self.limits.max_message_bytes,
-            max_batch=self.limits.max_rows,
-            max_tokens=self.limits.max_tokens,
-        )
-
-    def _states_in(self, message: Any) -> tuple[Any, Any]:
-        return codec.decode_states(message, self._states, dtype=self._backbone.dtype, device=self._backbone.device)
-
-    def _forward(self, session: _Session, request: Any) -> Any:
-        states, lengths = self._states_in(request.states)
-        if request.keep and len(session.kept) >= self.limits.max_kept:
-            raise _RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many forward passes wait for a backward pass")
-        call = StageCall(
-            dropout_seed=request.dropout_seed if request.has_dropout_seed else None, adapter=request.adapter
-        )
-        left = session.host.forward(session.client, states, call, keep_as=request.step if request.keep else None)
-        if request.keep:
-            session.kept.add(request.step)
-        return pb.StatesReply(states=codec.encode_states(left, lengths, session.wire))
-
-    def _backward(self, session: _Session, request: Any) -> Any:
-        gradient, lengths = self._states_in(request.states)
-        session.kept.discard(request.step)
-        left = session.host.backward(session.client, request.step, gradient)
-        return pb.StatesReply(states=codec.encode_states(left, lengths, session.wire))
-
-    def _discard(self, session: _Session, request: Any) -> Any:
-        session.host.discard(session.client)
-        session.kept.clear()
-        session.caches.clear()
-        return pb.Done()
-
-    def _begin_round(self, session: _Session, request: Any) -> Any:
-        anchor = None
-        if request.has_anchor:
-            anchor = self._tensors_in(session, request.anchor, session.host.stage.shapes, "anchor")
-        if not (math.isfinite(request.proximal_mu) and request.proximal_mu >= 0 and request.total_steps >= 1):
-            raise _RefusedError(grpc.StatusCode.INVALID_ARGUMENT, "a round of no steps, or a pull that is no strength")
-        objective = LocalObjective(proximal_mu=request.proximal_mu, train_a=request.train_a)
-        session.host.begin_round(session.client, request.total_steps, objective, anchor)
-        return pb.Done()
-
-    def _gradient_norm(self, session: _Session, request: Any) -> Any:
-        return pb.NormReply(squared=session.host.gradient_norm_squared(session.client))
-
-    def _optimizer_step(self, session: _Session, request: Any) -> Any:
-        if not 0.0 <= request.scale <= 1.0:
-            raise _RefusedError(grpc.StatusCode.INVALID_ARGUMENT, "a clipping factor outside [0, 1]")
-        session.host.optimizer_step(session.client, request.scale)
-        return pb.Done()
-
-    def _end_round(self, session: _Session, request: Any) -> Any:
-        session.host.end_round(session.client)
-        return pb.Done()
-
-    def _open_cache(self, session: _Session, request: Any) -> Any:
-        if len(session.caches) >= self.limits.max_caches:
-            raise _RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many open caches")
-        cache = session.host.open_cache(session.client)
-        session.caches[cache] = time.monotonic()
-        return pb.CacheReply(cache=cache)
-
-    def _decode(self, session: _Session, request: Any) -> Any:
-        states, lengths = self._states_in(request.states)
-        if request.total_tokens > self.limits.max_tokens or len(request.total_lengths) != len(states):
-            raise _RefusedError(grpc.StatusCode.INVALID_ARGUMENT, "lengths that do not fit the rows")
-        mask = codec.left_mask(request.total_tokens, request.total_lengths).to(states.device)
-        call = StageCall(attention_mask=mask, position_ids=codec.positions_of(mask, states.shape[1]))
-        left = session.host.decode(session.client, states, call, request.cache)
-        session.caches[request.cache] = time.monotonic()
-        return pb.StatesReply(states=codec.encode_states(left, lengths, session.wire, padded_left=True))
-
-    def _reorder_cache(self, session: _Session, request: Any) -> Any:
-        if len(request.rows) > self.limits.max_rows:
-            raise _RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many rows")
-        rows = torch.tensor(list(request.rows), dtype=torch.long, device=self._backbone.device)
-        try:
-            session.host.reorder_cache(session.client, request.cache, rows)
-        except IndexError as error:
-            raise _RefusedError(grpc.StatusCode.INVALID_ARGUMENT, "a row that the cache has not") from error
-        return pb.Done()
-
-    def _close_cache(self, session: _Session, request: Any) -> Any:
-        session.host.close_cache(session.client, request.cache)
-        session.caches.pop(request.cache, None)
-        return pb.Done()
-
-    def _adapter(self, session: _Session, request: Any) -> Any:
-        return pb.TensorsReply(tensors=codec.encode_tensors(session.host.adapter(session.client)))
-
-    def _tensors_in(
-        self, session: _Session, message: Any, expected: Mapping[str, tuple[int, ...]] | None, what: str
-    ) -> dict[str, Tensor]:
-        return codec.decode_tensors(
-            message,
-            expected,
-            whose=f"client {session.client}'s {what}",
-            max_bytes=self.limits.max_message_bytes,
-            max_norm=None,
-        )
-
-    def _set_adapter(self, session: _Session, request: Any) -> Any:
-        given = {tensor.name for tensor in request.tensors.tensors}
-        shapes = {name: shape for name, shape in session.host.stage.shapes.items() if name in given}
-        session.host.set_adapter(session.client, self._tensors_in(session, request.tensors, shapes, "middle adapter"))
-        return pb.Done()
-
-    def _optimizer_state(self, session: _Session, request: Any) -> Any:
-        return pb.TensorsReply(tensors=codec.encode_tensors(session.host.optimizer_state(session.client)))
-
-    def _restore_optimizer(self, session: _Session, request: Any) -> Any:
-        tensors = self._tensors_in(session, request.tensors, None, "optimizer state")
-        if "steps" not in tensors or any(
-            bool((tensor < 0).any()) for name, tensor in tensors.items() if not name.startswith("exp_avg.")
-        ):
-            raise _RefusedError(
-                grpc.StatusCode.INVALID_ARGUMENT, "an optimizer state without steps, or with negative ones or moments"
-            )
-        session.host.restore_optimizer(session.client, tensors)
-        return pb.Done()
-
-
-def _abort(context: grpc.ServicerContext, code: grpc.StatusCode, message: str) -> NoReturn:
-    context.abort(code, " ".join(message.split())[:500])
-    raise RuntimeError("abort raises")
+            self._caller(context)
+        except (_RefusedError, IdentityError) as error:
+            context.abort(getattr(error, "code", grpc.StatusCode.PERMISSION_DENIED), str(error)[:500])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pplr.config import CutConfig
+from pplr.config import ClientCutConfig
 from pplr.errors import CutError
 
 __all__ = ["CutPlan"]
@@ -47,7 +47,7 @@ class CutPlan:
             )
 
     @classmethod
-    def make(cls, config: CutConfig | None, total_layers: int) -> CutPlan:
+    def make(cls, config: ClientCutConfig | None, total_layers: int) -> CutPlan:
         """Apply a configuration to a model of ``total_layers`` blocks; ``None`` is the uncut model."""
         if config is None:
             return cls(input_layers=total_layers, output_layers=0, total_layers=total_layers)

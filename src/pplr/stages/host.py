@@ -99,24 +99,37 @@ class StageHost:
         Adapter gradients add up in the client's tenancy; the kept activations are let go.
 
         Raises:
-            TransportError: No forward pass of that step is kept.
+            TransportError: No forward pass of that step is kept, or it had another shape; what is kept stays.
         """
-        kept = self._of(client).kept.pop(step, None)
+        tenancy = self._of(client)
+        kept = tenancy.kept.get(step)
         if kept is None:
             raise TransportError(
                 f"no forward pass of step {step} is kept for client {client!r}", cure="Run the step again."
             )
         entering, leaving = kept
+        if grad_hidden_states.shape != leaving.shape:
+            raise TransportError(
+                f"a gradient of shape {tuple(grad_hidden_states.shape)} for step {step}, expected "
+                f"{tuple(leaving.shape)}",
+                cure="Send the gradient of that step.",
+            )
+        del tenancy.kept[step]
         torch.autograd.backward(leaving, grad_hidden_states)
         if entering.grad is None:
             raise TransportError(f"step {step} of client {client!r} has no gradient", cure="Run the step again.")
         return entering.grad
 
+    def forget(self, client: str, step: int) -> None:
+        """Let go of one kept forward pass."""
+        self._of(client).kept.pop(step, None)
+
     def discard(self, client: str) -> None:
-        """Let go of kept activations and caches of a client, as after an error."""
+        """Let go of kept activations, gradients and caches of a client, as after an error."""
         tenancy = self._of(client)
         tenancy.kept.clear()
         tenancy.caches.clear()
+        tenancy.member.optimizer.clear_gradients()
 
     def begin_round(
         self, client: str, total_steps: int, objective: LocalObjective, anchor: AdapterState | None

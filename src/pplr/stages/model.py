@@ -51,6 +51,7 @@ class CutModel:
         self.input = Stage(backbone, plan.input, adapter)
         self.output = Stage(backbone, plan.output, adapter)
         self.host: StageHost | None = None
+        self._transports: dict[str, Transport] = {}
         self._connect = None if plan.is_whole else connect
         if self._connect is None and not plan.is_whole:
             self.host = StageHost(server or backbone, plan, adapter, training)
@@ -76,17 +77,26 @@ class CutModel:
         elif self.host is not None:
             self.host.admit(name, initial)
             transport = LocalTransport(self.host, name)
+        if transport is not None:
+            self._transports[name] = transport
         return ClientModel(self.input, self.output, transport, initial, self.training)
 
     def dismiss(self, name: str) -> None:
-        """Let go of what the server's side keeps for a client, if it was ever admitted."""
-        if self.host is not None:
-            self.host.dismiss(name)
+        """Let go of what the server's side keeps in memory for a client, if it was ever admitted."""
+        if (transport := self._transports.pop(name, None)) is not None:
+            transport.leave()
 
-    def stored_bytes(self) -> tuple[int, int]:
-        """Bytes of frozen tensors on the client's side and on the server's."""
+    def close(self) -> None:
+        """Let go of what the server's side keeps for every client of this model."""
+        for name in list(self._transports):
+            self.dismiss(name)
+
+    def stored_bytes(self) -> tuple[int, int | None]:
+        """Bytes of frozen tensors on the client's side and on the server's; ``None`` where that is elsewhere."""
         client = self.backbone.client_bytes() + self.input.stored_bytes() + self.output.stored_bytes()
-        return client, 0 if self.host is None else self.host.stage.stored_bytes()
+        if self.host is None:
+            return client, 0 if self.plan.is_whole else None
+        return client, self.host.stage.stored_bytes()
 
 
 @dataclass

@@ -134,6 +134,10 @@ class StageOptimizer:
                         parameter.grad.mul_(scale)
             self._adam.step()
         self.steps += 1
+        self.clear_gradients()
+
+    def clear_gradients(self) -> None:
+        """Let go of what backward passes left, as after a step or an error."""
         for parameter in self.parameters.values():
             parameter.grad = None
 

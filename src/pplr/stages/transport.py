@@ -87,6 +87,9 @@ class Transport(Protocol):
     def restore_optimizer(self, state: Mapping[str, Tensor]) -> None:
         """Write the middle optimizer's state."""
 
+    def leave(self) -> None:
+        """Let go of everything that the other side holds in memory for this client; nothing can be asked after it."""
+
 
 class LocalTransport:
     """Crosses the cut by a function call: nothing is serialised, but what would cross is counted.
@@ -172,3 +175,7 @@ class LocalTransport:
     def restore_optimizer(self, state: Mapping[str, Tensor]) -> None:
         """Write the middle optimizer's state."""
         self._host.restore_optimizer(self._client, state)
+
+    def leave(self) -> None:
+        """Let go of everything that the host holds for this client."""
+        self._host.dismiss(self._client)

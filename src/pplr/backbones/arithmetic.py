@@ -1,0 +1,86 @@
+"""Products of bfloat16 matrices, where the processor has no instructions for them.
+
+Processors without AVX-512 or its like multiply bfloat16 matrices ten to seventy times slower than float32 ones. There
+the factors are widened for the product and the result is rounded back: the same numbers up to the order of additions,
+since bfloat16 products are summed in float32 everywhere. What is stored stays bfloat16, and so does what passes from
+block to block, so machines of both kinds work in one federation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["WideLinear", "is_widened", "multiplies_bfloat16", "widen"]
+
+_TOO_SLOW = 3.0
+_ROWS = 8192
+"""Rows of a weight that are widened at once, so that a large head costs no wide copy of itself."""
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Tell whether this processor multiplies bfloat16 matrices at about the speed of float32 ones."""
+    if "AVX512" in torch.backends.cpu.get_cpu_capability():
+        return True
+    wide = torch.ones(64, 512)
+    narrow = wide.to(torch.bfloat16)
+    return _fastest(lambda: narrow @ narrow.t()) < _TOO_SLOW * _fastest(lambda: wide @ wide.t())
+
+
+def _fastest(run: Callable[[], Any]) -> float:
+    run()
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def is_widened(tensor: Tensor) -> bool:
+    """Tell whether products of this tensor are computed in float32."""
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and not multiplies_bfloat16()
+
+
+class _WideProduct(torch.autograd.Function):
+    """x Wᵀ + b with W frozen: neither x nor a wide copy of W is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        wide, out = x.float(), x.new_empty(*x.shape[:-1], len(weight))
+        for start in range(0, len(weight), _ROWS):
+            rows = slice(start, start + _ROWS)
+            out[..., rows] = F.linear(wide, weight[rows].float(), None if bias is None else bias[rows].float())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        first, *others = range(0, len(weight), _ROWS)
+        wide = grads[0][..., first : first + _ROWS].float() @ weight[first : first + _ROWS].float()
+        for start in others:
+            wide += grads[0][..., start : start + _ROWS].float() @ weight[start : start + _ROWS].float()
+        return wide.to(grads[0].dtype), None, None
+
+
+class WideLinear(nn.Linear):
+    """A frozen linear layer that computes in float32 what it stores in bfloat16."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name)
+        """Apply the layer: (..., D_in) -> (..., D_out)."""
+        return _WideProduct.apply(input, self.weight, self.bias)
+
+
+def widen(module: nn.Module) -> None:
+    """Let every frozen linear layer of a module compute in float32, if its products would be too slow otherwise."""
+    for layer in module.modules():
+        if type(layer) is nn.Linear and is_widened(layer.weight):
+            layer.__class__ = WideLinear  # the same tensors, another product

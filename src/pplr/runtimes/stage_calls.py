@@ -1,0 +1,377 @@
+"""What can be asked of a stage server: one method for each request, each of which checks before it changes anything.
+
+A method that refuses leaves the tenancy as it was. All run one at a time, whosever turn it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import torch
+from google.protobuf.message import Message
+from torch import Tensor
+
+from pplr.config import AdapterConfig, TrainingConfig
+from pplr.errors import TransportError, WireError
+from pplr.runtimes import codec
+from pplr.runtimes import stage_pb2 as pb
+from pplr.runtimes.codec import Limits, Wire
+from pplr.runtimes.stage_state import Owner
+from pplr.runtimes.stage_tenancies import CacheState, LimitError, Session, Settings, Tenancies, check_optimizer
+from pplr.stages.cut import CutPlan
+from pplr.stages.optimizer import LocalObjective
+from pplr.stages.stage import StageCall
+
+__all__ = ["OperatorCalls", "SessionCalls"]
+
+_TENANT = 64
+
+Answers = Mapping[str, tuple[type[Message], Callable[..., Message]]]
+
+
+class SessionCalls:
+    """What a client can ask about its own tenancies.
+
+    Args:
+        tenancies: Of all clients.
+        wires: Forms in which states may travel.
+    """
+
+    def __init__(self, tenancies: Tenancies, wires: tuple[Wire, ...]) -> None:
+        self._tenancies, self._wires = tenancies, wires
+        self._limits, self._backbone = tenancies.limits, tenancies.backbone
+        self._states = Limits(
+            width=self._backbone.hidden_size, max_rows=self._limits.max_rows, max_tokens=self._limits.max_tokens,
+            max_message_bytes=self._limits.max_message_bytes,
+        )  # fmt: skip
+        self.answers: Answers = {
+            "Forward": (pb.ForwardRequest, self._forward),
+            "Backward": (pb.BackwardRequest, self._backward),
+            "Discard": (pb.SimpleRequest, self._discard),
+            "BeginRound": (pb.BeginRoundRequest, self._begin_round),
+            "GradientNorm": (pb.NormRequest, self._gradient_norm),
+            "OptimizerStep": (pb.StepRequest, self._optimizer_step),
+            "EndRound": (pb.SimpleRequest, self._end_round),
+            "OpenCache": (pb.SimpleRequest, self._open_cache),
+            "Decode": (pb.DecodeRequest, self._decode),
+            "CloseCache": (pb.CacheRequest, self._close_cache),
+            "Adapter": (pb.SimpleRequest, self._adapter),
+            "SetAdapter": (pb.TensorsRequest, self._set_adapter),
+            "OptimizerState": (pb.SimpleRequest, self._optimizer_state),
+            "RestoreOptimizer": (pb.TensorsRequest, self._restore_optimizer),
+            "Save": (pb.SimpleRequest, self._save),
+            "Restore": (pb.SimpleRequest, self._restore),
+            "Leave": (pb.SimpleRequest, self._leave),
+        }
+
+    def hello(self, client: str, request: Any) -> Any:
+        """Open a session."""
+        if not (1 <= len(request.tenant) <= _TENANT and request.tenant.isprintable()):
+            _refuse(f"a tenancy with a name of {len(request.tenant)} letters", "Use 1 to 64 printable letters.")
+        if request.base_sha256 != self._tenancies.base:
+            _refuse(
+                "your bundle was cut from another base than this server's",
+                "Use bundles of one `pplr cut`, or cuts of the same checkpoint in the same number format.",
+            )
+        plan = CutPlan(request.input_layers, request.output_layers, self._backbone.total_layers)
+        if plan.is_whole or request.total_layers != plan.total_layers:
+            _refuse(
+                f"a cut of {request.total_layers} blocks that leaves the server none of its {plan.total_layers}",
+                "Cut the model that this server serves.",
+            )
+        wanted = [Wire.of(number) for number in request.wires]
+        allowed = [wire for wire in wanted if wire in self._wires]
+        if not allowed:
+            _refuse(
+                f"states are to travel as {', '.join(wire.value for wire in wanted) or 'nothing'}, this server takes "
+                + ", ".join(wire.value for wire in self._wires),
+                "Set runtime.wire to one of these.",
+            )
+        try:
+            adapter = AdapterConfig.model_validate_json(request.adapter_json)
+            training = TrainingConfig.model_validate_json(request.training_json)
+        except ValueError:
+            _refuse("unreadable adapter or training settings", "Use the same version on both sides.")
+        owner, settings = Owner(client, request.tenant), Settings(plan, adapter, training)
+        session = self._tenancies.open(owner, settings, allowed, request.attempt, keep=request.keep)
+        return pb.HelloReply(
+            session=session.number,
+            wire=session.wire.number,
+            max_message_bytes=self._limits.max_message_bytes,
+            max_batch=self._limits.max_rows,
+            max_tokens=self._limits.max_tokens,
+            kept=session.kept_before,
+        )
+
+    # -- training ---------------------------------------------------------------------------------------------
+
+    def _states_in(self, message: Any) -> tuple[Tensor, Tensor]:
+        return codec.decode_states(message, self._states, dtype=self._backbone.dtype, device=self._backbone.device)
+
+    def _forward(self, session: Session, request: Any) -> Any:
+        states, lengths = self._states_in(request.states)
+        if request.states.padded_left:
+            _refuse("whole sequences that are padded on the left", "Pad on the right.")
+        tokens = states.shape[0] * states.shape[1]
+        if request.keep:
+            if len(session.kept) >= self._limits.max_kept:
+                raise LimitError(
+                    "too many forward passes wait for a backward pass", cure="Send their gradients, or discard them."
+                )
+            others = self._tenancies.of(session.owner.client)
+            waiting = sum(sum(other.kept_tokens.values()) for other in others)
+            _check_tokens(waiting + tokens, self._limits.max_kept_tokens, "wait for a backward pass")
+        call = StageCall(
+            dropout_seed=request.dropout_seed if request.has_dropout_seed else None, adapter=request.adapter
+        )
+        left = session.host.forward(session.name, states, call, keep_as=request.step if request.keep else None)
+        try:
+            reply = pb.StatesReply(states=codec.encode_states(left, lengths, session.wire))
+        except WireError:
+            if request.keep:
+                session.host.forget(session.name, request.step)
+            raise
+        if request.keep:
+            session.kept[request.step] = tuple(lengths.tolist())
+            session.kept_tokens[request.step] = tokens
+        return reply
+
+    def _backward(self, session: Session, request: Any) -> Any:
+        gradient, lengths = self._states_in(request.states)
+        sent = session.kept.get(request.step)
+        if sent is not None and sent != tuple(lengths.tolist()):
+            _refuse(f"a gradient whose lengths are not those of step {request.step}", "Send the gradient of that step.")
+        left = session.host.backward(session.name, request.step, gradient)
+        session.kept.pop(request.step, None)
+        session.kept_tokens.pop(request.step, None)
+        return pb.StatesReply(states=codec.encode_states(left, lengths, session.wire))
+
+    def _discard(self, session: Session, request: Any) -> Any:
+        session.let_go()
+        return pb.Done()
+
+    def _begin_round(self, session: Session, request: Any) -> Any:
+        anchor = None
+        if request.has_anchor:
+            anchor = self._tensors_in(session.name, request.anchor, session.host.stage.shapes, "anchor")
+        if not (math.isfinite(request.proximal_mu) and request.proximal_mu >= 0 and request.total_steps >= 1):
+            _refuse("a round of no steps, or a pull that is no strength", "Use the client of this version.")
+        objective = LocalObjective(proximal_mu=request.proximal_mu, train_a=request.train_a)
+        session.host.begin_round(session.name, request.total_steps, objective, anchor)
+        session.in_round = True
+        return pb.Done()
+
+    def _gradient_norm(self, session: Session, request: Any) -> Any:
+        return pb.NormReply(squared=session.host.gradient_norm_squared(session.name))
+
+    def _optimizer_step(self, session: Session, request: Any) -> Any:
+        if not 0.0 <= request.scale <= 1.0:
+            _refuse("a clipping factor outside [0, 1]", "Look for a training that diverges.")
+        session.host.optimizer_step(session.name, request.scale)
+        return pb.Done()
+
+    def _end_round(self, session: Session, request: Any) -> Any:
+        session.host.end_round(session.name)
+        session.in_round = False
+        return pb.Done()
+
+    # -- generation -------------------------------------------------------------------------------------------
+
+    def _open_cache(self, session: Session, request: Any) -> Any:
+        if len(session.caches) >= self._limits.max_caches:
+            raise LimitError("too many open caches", cure="Close those that are done.")
+        cache = session.host.open_cache(session.name)
+        session.caches[cache] = CacheState()
+        return pb.CacheReply(cache=cache)
+
+    def _decode(self, session: Session, request: Any) -> Any:
+        states, new = self._states_in(request.states)
+        cache = session.caches.get(request.cache)
+        if cache is None:
+            _refuse(f"no open cache {request.cache}", "Open one, and do not use it after closing.")
+        held = cache.lengths
+        if request.rows:
+            if len(request.rows) > self._limits.max_rows:
+                raise LimitError(f"{len(request.rows)} rows of a cache", cure="Use fewer beams or smaller batches.")
+            if max(request.rows) >= len(held):
+                _refuse(f"row {max(request.rows)} of a cache of {len(held)} rows", "Keep rows that are there.")
+            held = tuple(held[row] for row in request.rows)
+        elif not held:
+            held = (0,) * states.shape[0]
+        tokens = states.shape[1]
+        total = tuple(h + n for h, n in zip(held, new.tolist(), strict=False))
+        gaps = any(h > 0 and n < tokens for h, n in zip(held, new.tolist(), strict=False))
+        padded = request.states.padded_left or all(n == tokens for n in new.tolist())
+        if len(held) != states.shape[0] or gaps or not padded or total != tuple(request.total_lengths) or (
+            request.total_tokens != cache.tokens + tokens
+        ):  # fmt: skip
+            _refuse("rows or lengths that do not meet the cache", "Say what the cache holds, padded on the left.")
+        if request.total_tokens > self._limits.max_tokens:
+            raise LimitError(
+                f"sequences of {request.total_tokens} tokens, at most {self._limits.max_tokens} are granted",
+                cure="Shorten prompts or answers.",
+            )
+        open_tokens = sum(
+            own.tokens * len(own.lengths)
+            for other in self._tenancies.of(session.owner.client)
+            for own in other.caches.values()
+            if own is not cache
+        )
+        _check_tokens(open_tokens + request.total_tokens * len(held), self._limits.max_cache_tokens, "are in caches")
+        mask = codec.left_mask(
+            request.total_tokens, total, max_rows=self._limits.max_rows, max_tokens=self._limits.max_tokens
+        ).to(states.device)
+        call = StageCall(attention_mask=mask, position_ids=codec.positions_of(mask, tokens))
+        try:
+            if request.rows:
+                rows = torch.tensor(list(request.rows), dtype=torch.long, device=states.device)
+                session.host.reorder_cache(session.name, request.cache, rows)
+            left = session.host.decode(session.name, states, call, request.cache)
+            reply = pb.StatesReply(
+                states=codec.encode_states(left, new, session.wire, padded_left=request.states.padded_left)
+            )
+        except Exception:
+            session.close_cache(request.cache)  # it may be half extended
+            raise
+        session.caches[request.cache] = CacheState(request.total_tokens, total)
+        return reply
+
+    def _close_cache(self, session: Session, request: Any) -> Any:
+        session.close_cache(request.cache)
+        return pb.Done()
+
+    # -- state ------------------------------------------------------------------------------------------------
+
+    def _adapter(self, session: Session, request: Any) -> Any:
+        return pb.TensorsReply(tensors=codec.encode_tensors(session.host.adapter(session.name)))
+
+    def _tensors_in(
+        self, whose: str, message: Any, expected: Mapping[str, tuple[int, ...]] | None, what: str
+    ) -> dict[str, Tensor]:
+        most = self._limits.max_message_bytes
+        return codec.decode_tensors(message, expected, whose=f"{whose}'s {what}", max_bytes=most, max_norm=None)
+
+    def _set_adapter(self, session: Session, request: Any) -> Any:
+        _write_adapter(session, request.tensors, self._limits.max_message_bytes)
+        return pb.Done()
+
+    def _optimizer_state(self, session: Session, request: Any) -> Any:
+        return pb.TensorsReply(tensors=codec.encode_tensors(session.host.optimizer_state(session.name)))
+
+    def _restore_optimizer(self, session: Session, request: Any) -> Any:
+        tensors = self._tensors_in(session.name, request.tensors, None, "optimizer state")
+        check_optimizer(tensors, session.host.stage.shapes)
+        session.host.restore_optimizer(session.name, tensors)
+        return pb.Done()
+
+    def _save(self, session: Session, request: Any) -> Any:
+        self._tenancies.save(session)
+        return pb.Done()
+
+    def _restore(self, session: Session, request: Any) -> Any:
+        self._tenancies.restore(session)
+        return pb.Done()
+
+    def _leave(self, session: Session, request: Any) -> Any:
+        self._tenancies.dismiss(session.owner)
+        return pb.Done()
+
+
+class OperatorCalls:
+    """What an operator can ask about everybody's tenancies. Each can be asked twice with the same effect.
+
+    Args:
+        tenancies: Of all clients.
+        now: The clock of their sessions.
+        text: Writes the metrics.
+    """
+
+    def __init__(self, tenancies: Tenancies, now: Callable[[], float], text: Callable[[], str]) -> None:
+        self._tenancies, self._now, self._text = tenancies, now, text
+        self.answers: Answers = {
+            "Tenancies": (pb.TenancyRequest, self._list),
+            "ReadAdapter": (pb.TenancyRequest, self._read),
+            "WriteAdapter": (pb.TenancyRequest, self._write),
+            "SaveTenancy": (pb.TenancyRequest, self._save),
+            "RestoreTenancy": (pb.TenancyRequest, self._restore),
+            "DismissTenancy": (pb.TenancyRequest, self._dismiss),
+            "Metrics": (pb.TenancyRequest, self._metrics),
+        }
+
+    def _of(self, request: Any) -> Session:
+        for session in self._tenancies.of(request.client):
+            if session.owner.tenant == request.tenant:
+                return session
+        known = ", ".join(str(session.owner) for session in self._tenancies.all()[:20]) or "none"
+        raise TransportError(f"no tenancy {request.client}/{request.tenant} is in memory", cure=f"There are: {known}.")
+
+    def _list(self, request: Any) -> Any:
+        store = self._tenancies.store
+        saved = set() if store is None else set(store.owners())
+        now, reply = self._now(), pb.TenancyList()
+        for session in sorted(self._tenancies.all(), key=lambda own: own.owner):
+            plan = session.settings.plan
+            reply.tenancies.add(
+                client=session.owner.client,
+                tenant=session.owner.tenant,
+                input_layers=plan.input_layers,
+                output_layers=plan.output_layers,
+                rank=session.settings.adapter.rank,
+                steps=int(session.host.optimizer_state(session.name)["steps"]),
+                in_memory=True,
+                on_disk=session.owner in saved,
+                idle_s=max(0.0, now - session.used),
+            )
+        for owner in sorted(saved - {session.owner for session in self._tenancies.all()}):
+            reply.tenancies.add(client=owner.client, tenant=owner.tenant, on_disk=True)
+        return reply
+
+    def _read(self, request: Any) -> Any:
+        session = self._of(request)
+        return pb.TensorsReply(tensors=codec.encode_tensors(session.host.adapter(session.name)))
+
+    def _write(self, request: Any) -> Any:
+        _write_adapter(self._of(request), request.tensors, self._tenancies.limits.max_message_bytes)
+        return pb.Done()
+
+    def _save(self, request: Any) -> Any:
+        self._tenancies.save(self._of(request))
+        return pb.Done()
+
+    def _restore(self, request: Any) -> Any:
+        self._tenancies.restore(self._of(request))
+        return pb.Done()
+
+    def _dismiss(self, request: Any) -> Any:
+        self._tenancies.dismiss(self._of(request).owner)
+        return pb.Done()
+
+    def _metrics(self, request: Any) -> Any:
+        return pb.TextReply(text=self._text())
+
+
+def _write_adapter(session: Session, message: Any, max_bytes: int) -> None:
+    """Read some or all tensors of a middle adapter and copy them in, or none of them."""
+    given = {tensor.name for tensor in message.tensors}
+    shapes = session.host.stage.shapes
+    if unknown := sorted(given - shapes.keys()):
+        _refuse(f"{session.name}'s middle adapter has no {unknown[0][:100]!r}", "Send tensors of this cut's middle.")
+    expected = {name: shape for name, shape in shapes.items() if name in given}
+    tensors = codec.decode_tensors(
+        message, expected, whose=f"{session.name}'s middle adapter", max_bytes=max_bytes, max_norm=None
+    )
+    session.host.set_adapter(session.name, tensors)
+
+
+def _check_tokens(tokens: int, most: int, what: str) -> None:
+    if tokens > most:
+        raise LimitError(
+            f"{tokens} tokens that {what}, at most {most} are granted to a client",
+            cure="Use smaller batches (training.micro_batch_size, evaluation.batch_size, evaluation.beams).",
+        )
+
+
+def _refuse(what: str, cure: str) -> NoReturn:
+    raise WireError(what, cure=cure)

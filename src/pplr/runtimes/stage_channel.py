@@ -1,0 +1,122 @@
+"""One process's connection to a stage server: mutual TLS, deadlines, and retries that end."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+
+from pplr.errors import ServerLostError, TransportError
+from pplr.runtimes.framing import SERVICE, frames, joined
+from pplr.runtimes.identity import Kit
+
+__all__ = ["StageChannel"]
+
+_RETRIED = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.UNKNOWN,
+)
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
+_RESUME = "See that it runs and that its certificate names this address, then go on with --resume."
+
+
+class StageChannel:
+    """A connection that several sessions share.
+
+    Args:
+        address: ``host:port`` of the stage server.
+        kit: A startup kit.
+        timeout_s: Deadline of one attempt.
+        patience_s: For how long a call is tried again while the server does not answer.
+    """
+
+    def __init__(self, address: str, kit: Kit, *, timeout_s: float = 300.0, patience_s: float = 20.0) -> None:
+        self.address, self.kit = address, kit
+        self._timeout_s, self._patience_s = timeout_s, patience_s
+        credentials = grpc.ssl_channel_credentials(kit.ca_pem, kit.key_pem, kit.certificate_pem)
+        self._channel = grpc.secure_channel(
+            address,
+            credentials,
+            options=[
+                ("grpc.max_receive_message_length", 2 << 20),
+                ("grpc.max_reconnect_backoff_ms", 2000),
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.keepalive_time_ms", 60_000),
+            ],
+        )
+        self._lost = False
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._channel.close()
+
+    def call(self, name: str, request: Message, kind: Any, *, max_bytes: int) -> Any:
+        """Send a request, the same again if need be, and read its reply.
+
+        Args:
+            name: The method.
+            request: Its message. The server must give the same reply to the same request.
+            kind: Of the reply.
+            max_bytes: Longest reply to take.
+
+        Raises:
+            TransportError: The server refused, and did not count the request.
+            ServerLostError: It did not answer for ``patience_s``, or knows the session no more.
+        """
+        content = request.SerializeToString()
+        method = self._channel.stream_stream(f"/{SERVICE}/{name}")
+        until = time.monotonic() + (0.0 if self._lost else self._patience_s)
+        pause = _FIRST_PAUSE_S
+        while True:
+            try:
+                reply = kind.FromString(joined(method(frames(content), timeout=self._timeout_s), max_bytes))
+                self._lost = False
+                return reply
+            except grpc.RpcError as error:
+                code, details = error.code(), " ".join((error.details() or "").split())[:300]
+                if code not in _RETRIED:
+                    raise self._refused(name, code, details) from error
+                if time.monotonic() + pause > until:
+                    self._lost = True  # what is left to tidy up after this asks once and no more
+                    raise ServerLostError(
+                        f"the stage server {self.address} does not answer ({code.name.lower()}: {details})",
+                        cure=_RESUME,
+                    ) from error
+            time.sleep(pause * random.uniform(0.7, 1.3))  # so that many clients do not come back at once
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def _refused(self, name: str, code: grpc.StatusCode, details: str) -> TransportError:
+        if code is grpc.StatusCode.NOT_FOUND:
+            return ServerLostError(
+                f"the stage server {self.address} does not know this session any more ({details})",
+                cure="Go on with --resume; if another process uses the same kit and names, stop one of them.",
+            )
+        return TransportError(
+            f"the stage server refused {name} ({code.name.lower()}): {details}",
+            cure="Correct what it names, then go on with --resume.",
+        )
+
+    def is_serving(self) -> bool:
+        """Ask gRPC's health service, once.
+
+        Raises:
+            TransportError: The server does not answer, or refuses this kit.
+        """
+        from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+        try:
+            told = health_pb2_grpc.HealthStub(self._channel).Check(
+                health_pb2.HealthCheckRequest(service=SERVICE), timeout=min(self._timeout_s, 10.0)
+            )
+        except grpc.RpcError as error:
+            details = " ".join((error.details() or "").split())[:300]
+            raise ServerLostError(
+                f"the stage server {self.address} does not answer ({error.code().name.lower()}: {details})",
+                cure="See that it runs, and that this kit is of its federation and not revoked.",
+            ) from error
+        return bool(told.status == health_pb2.HealthCheckResponse.SERVING)

@@ -1,0 +1,353 @@
+"""Who has what on the stage server: tenancies around one frozen base, their sessions, and what becomes of idle ones.
+
+A tenancy is one adapter with its optimizer, of one client, under a name that the client chose. A session is one
+process's use of a tenancy; a newer session takes the place of an older one.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pplr.backbones.adapters import adapter_shapes
+from pplr.backbones.base import Backbone
+from pplr.config import AdapterConfig, TrainingConfig
+from pplr.errors import PplrError, TransportError
+from pplr.runtimes.codec import Wire
+from pplr.runtimes.stage_state import Owner, StateStore
+from pplr.stages.cut import CutPlan
+from pplr.stages.host import StageHost
+
+__all__ = [
+    "CacheState",
+    "LimitError",
+    "ServerLimits",
+    "Session",
+    "Settings",
+    "Tenancies",
+    "UnknownSessionError",
+    "check_optimizer",
+]
+
+_ADAM = 4  # a float32 number has a gradient and two moments beside it
+_MOMENTS = ("exp_avg.", "exp_avg_sq.", "step.")
+
+
+class LimitError(TransportError):
+    """What was asked is over what this server grants."""
+
+
+class UnknownSessionError(TransportError):
+    """A session that is not, or no longer, the caller's."""
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """What the server grants.
+
+    Args:
+        max_rows: Rows of a batch, or of a cache.
+        max_tokens: Tokens of a sequence.
+        max_message_bytes: Bytes of one request, over all its frames.
+        max_clients: Clients with a tenancy.
+        max_tenancies: Tenancies of one client.
+        max_tenancy_bytes: Bytes of one client's adapters, gradients and moments.
+        max_kept: Forward passes of one tenancy that wait for their backward pass.
+        max_kept_tokens: Tokens, with padding, whose activations wait for a backward pass, of one client.
+        max_caches: Open key-value caches of one tenancy.
+        max_cache_tokens: Tokens, with padding, in the open caches of one client.
+        concurrent_calls: Calls of one client at once.
+        workers: Calls of all clients at once.
+        call_timeout_s: Longest time that a call may take to arrive.
+        cache_ttl_s: Caches and kept passes of a session that nobody used for so long are let go.
+        idle_ttl_s: A tenancy that nobody used for so long is saved, where there is a state folder, and let go.
+    """
+
+    max_rows: int = 512
+    max_tokens: int = 4096
+    max_message_bytes: int = 256 * 2**20
+    max_clients: int = 64
+    max_tenancies: int = 32
+    max_tenancy_bytes: int = 2 << 30
+    max_kept: int = 4
+    max_kept_tokens: int = 1 << 15
+    max_caches: int = 4
+    max_cache_tokens: int = 1 << 17
+    concurrent_calls: int = 8
+    workers: int = 64
+    call_timeout_s: float = 120.0
+    cache_ttl_s: float = 600.0
+    idle_ttl_s: float = 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a tenancy belongs to; two tenancies of the same settings share their stage."""
+
+    plan: CutPlan
+    adapter: AdapterConfig
+    training: TrainingConfig
+
+    def told(self, base: str) -> dict[str, Any]:
+        """Write them down, with the base's hash."""
+        return {
+            "base_sha256": base,
+            "plan": [self.plan.input_layers, self.plan.output_layers, self.plan.total_layers],
+            "adapter": self.adapter.model_dump(mode="json"),
+            "training": self.training.model_dump(mode="json"),
+        }
+
+
+@dataclass
+class CacheState:
+    """What an open cache holds: tokens with padding, and real ones of each row."""
+
+    tokens: int = 0
+    lengths: tuple[int, ...] = ()
+
+
+@dataclass
+class Session:
+    """One process's use of a tenancy, and where its count of requests stands."""
+
+    owner: Owner
+    host: StageHost
+    settings: Settings
+    wire: Wire
+    attempt: int = 0
+    number: int = field(default_factory=lambda: secrets.randbits(63))
+    sequence: int = 0
+    reply: bytes | None = None
+    kept_before: bool = False
+    in_round: bool = False
+    used: float = field(default_factory=time.monotonic)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    kept: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    kept_tokens: dict[int, int] = field(default_factory=dict)
+    caches: dict[int, CacheState] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Under which the host knows the tenancy."""
+        return str(self.owner)
+
+    def let_go(self) -> None:
+        """Let go of kept passes and open caches."""
+        self.host.discard(self.name)
+        self.kept.clear()
+        self.kept_tokens.clear()
+        self.caches.clear()
+
+    def close_cache(self, cache: int) -> None:
+        """Let go of one cache, here and in the host."""
+        self.caches.pop(cache, None)
+        self.host.close_cache(self.name, cache)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return adapter and optimizer, flat, without copying."""
+        return self.host.adapter(self.name) | self.host.optimizer_state(self.name)
+
+
+class Tenancies:
+    """Every tenancy of one stage server. Its caller computes one call at a time, except where it says otherwise.
+
+    Args:
+        backbone: The base, whole or a server's bundle.
+        base_sha256: Its fingerprint.
+        limits: What is granted.
+        store: Where tenancies are saved; ``None`` keeps them in memory alone.
+    """
+
+    def __init__(self, backbone: Backbone, base_sha256: str, limits: ServerLimits, store: StateStore | None) -> None:
+        self.backbone, self.base, self.limits, self.store = backbone, base_sha256, limits, store
+        self._hosts: dict[Settings, StageHost] = {}
+        self._sessions: dict[Owner, Session] = {}
+
+    def all(self) -> list[Session]:
+        """List every tenancy by its newest session; needs no turn."""
+        return list(self._sessions.values())
+
+    @property
+    def hosts(self) -> int:
+        """Stages in memory, one for each cut and settings."""
+        return len(self._hosts)
+
+    def of(self, client: str) -> list[Session]:
+        """List one client's."""
+        return [session for session in self.all() if session.owner.client == client]
+
+    def session(self, client: str, number: int) -> Session:
+        """Find a client's session by its number; needs no turn.
+
+        Raises:
+            UnknownSessionError: It is not, or no longer, a session of this client.
+        """
+        for session in self.of(client):
+            if session.number == number:
+                return session
+        raise UnknownSessionError(
+            "this is not a session of yours: the server was started anew, or a newer session took its place",
+            cure="Say hello again.",
+        )
+
+    def is_current(self, session: Session) -> bool:
+        """Tell whether no newer session took its place."""
+        return self._sessions.get(session.owner) is session
+
+    def open(self, owner: Owner, settings: Settings, wires: Sequence[Wire], attempt: int, *, keep: bool) -> Session:
+        """Open a session.
+
+        Args:
+            owner: Whose tenancy.
+            settings: The cut, the adapter's and the optimizer's settings.
+            wires: Forms that the client accepts; the first is taken.
+            attempt: A number of the client's; the same again returns the same session.
+            keep: Go on with the tenancy in memory or on disk if its settings are these, instead of beginning anew.
+
+        Raises:
+            LimitError: The client has as many tenancies, or as large ones, as it may.
+            PplrError: The cut or the adapter does not fit the base.
+        """
+        before = self._sessions.get(owner)
+        if before is not None and attempt and before.attempt == attempt and before.sequence == 0:
+            return before
+        self._check_room(owner, settings)
+        tensors: Mapping[str, Tensor] | None = None
+        if keep and before is not None and before.settings == settings:
+            tensors = {name: tensor.clone() for name, tensor in before.state().items()}
+        elif keep and self.store is not None and (saved := self.store.load(owner)) is not None:
+            tensors = saved.tensors if dict(saved.settings) == settings.told(self.base) else None
+        host = self._hosts.get(settings) or StageHost(self.backbone, settings.plan, settings.adapter, settings.training)
+        if before is not None:
+            self.dismiss(owner)
+        self._hosts[settings] = host
+        shapes = host.stage.shapes
+        host.admit(str(owner), {name: torch.zeros(shape) for name, shape in shapes.items()})
+        session = Session(owner, host, settings, wires[0], attempt, kept_before=tensors is not None)
+        self._sessions[owner] = session
+        if tensors is not None:
+            _put_back(session, tensors)
+        return session
+
+    def _check_room(self, owner: Owner, settings: Settings) -> None:
+        others = [session for session in self.of(owner.client) if session.owner != owner]
+        clients = {session.owner.client for session in self.all()} | {owner.client}
+        if len(clients) > self.limits.max_clients:
+            raise LimitError("the server has as many clients as it may", cure="Ask its operator for room.")
+        if len(others) >= self.limits.max_tenancies:
+            raise LimitError(
+                f"{len(others)} tenancies, and no more are granted to a client", cure="Leave those that are done."
+            )
+        width = self.backbone.hidden_size
+        if settings.adapter.rank > width:
+            raise LimitError(
+                f"an adapter of rank {settings.adapter.rank}, at most {width} is granted", cure="Lower adapter.rank."
+            )
+        shapes = adapter_shapes(self.backbone, settings.plan.middle, settings.adapter)
+        held = _ADAM * 4 * sum(a * b for a, b in shapes.values()) + sum(_bytes(session) for session in others)
+        if held > self.limits.max_tenancy_bytes:
+            raise LimitError(
+                f"adapters and optimizers of {held} bytes, at most {self.limits.max_tenancy_bytes} are granted",
+                cure="Lower adapter.rank, or leave tenancies that are done.",
+            )
+
+    def dismiss(self, owner: Owner) -> None:
+        """Let go of a tenancy in memory; what was saved of it stays."""
+        session = self._sessions.pop(owner, None)
+        if session is None:
+            return
+        session.host.dismiss(session.name)
+        if not any(other.settings == session.settings for other in self._sessions.values()):
+            self._hosts.pop(session.settings, None)
+
+    def save(self, session: Session) -> None:
+        """Write a tenancy to the disk.
+
+        Raises:
+            TransportError: This server has no state folder.
+        """
+        self._need_store().save(session.owner, session.settings.told(self.base), session.state())
+
+    def restore(self, session: Session) -> None:
+        """Put a tenancy back to where it was saved last.
+
+        Raises:
+            TransportError: There is nothing saved of it, or it was saved with another cut or other settings.
+        """
+        saved = self._need_store().load(session.owner)
+        if saved is None:
+            raise TransportError(f"nothing is saved of {session.owner}", cure="Save it first.")
+        if dict(saved.settings) != session.settings.told(self.base):
+            raise TransportError(
+                f"{session.owner} was saved with another base, cut or settings", cure="Use those it was saved with."
+            )
+        _put_back(session, saved.tensors)
+
+    def _need_store(self) -> StateStore:
+        if self.store is None:
+            raise TransportError("this server keeps no state on disk", cure="Start it with --state DIR.")
+        return self.store
+
+    def tidy(self, now: float) -> list[str]:
+        """Let go of what nobody used for long.
+
+        Returns:
+            What could not be saved and so was kept, a line each.
+        """
+        troubles = []
+        for session in self.all():
+            idle = now - session.used
+            if idle > self.limits.cache_ttl_s and (session.kept or session.caches):
+                session.let_go()
+            if idle > self.limits.idle_ttl_s:
+                try:
+                    if self.store is not None:
+                        self.save(session)
+                    self.dismiss(session.owner)
+                except PplrError as error:
+                    troubles.append(f"{session.owner}: {error}")
+        return troubles
+
+
+def check_optimizer(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse an optimizer state that no training could have left.
+
+    Raises:
+        TransportError: Says what is wrong with it.
+    """
+
+    def refuse(what: str) -> None:
+        raise TransportError(f"an optimizer state {what}", cure="Send what was read before, unchanged.")
+
+    if "steps" not in tensors or tensors["steps"].numel() != 1 or not 0 <= int(tensors["steps"]) < 2**31:
+        refuse("without a sensible count of steps")
+    moments = {name for name in tensors if name != "steps"}
+    have = {name.split(".", 1)[1] for name in moments if name.startswith(_MOMENTS)}
+    if moments != {prefix + name for name in have for prefix in _MOMENTS} or not have <= shapes.keys():
+        refuse("with moments missing, or of no tensor of this stage")
+    for name in moments:
+        kind, tensor = name.split(".", 1)
+        expected = (1,) if kind == "step" else tuple(shapes[tensor])
+        if tuple(tensors[name].shape) != expected or tensors[name].dtype != torch.float32:
+            refuse(f"whose {kind} of {tensor} is {tuple(tensors[name].shape)} of {tensors[name].dtype}")
+        if kind != "exp_avg" and bool((tensors[name] < 0).any()):
+            refuse(f"with a negative {kind}")
+
+
+def _put_back(session: Session, tensors: Mapping[str, Tensor]) -> None:
+    shapes = session.host.stage.shapes
+    optimizer = {name: tensor for name, tensor in tensors.items() if name not in shapes}
+    check_optimizer(optimizer, shapes)
+    session.host.set_adapter(session.name, {name: tensor for name, tensor in tensors.items() if name in shapes})
+    session.host.restore_optimizer(session.name, optimizer)
+
+
+def _bytes(session: Session) -> int:
+    return _ADAM * 4 * sum(a * b for a, b in session.host.stage.shapes.values())
