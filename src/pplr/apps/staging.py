@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from pplr.errors import BackboneError
+
 if TYPE_CHECKING:
     from pplr.runtimes.stage_channel import StageChannel
 
@@ -85,12 +87,15 @@ def serve(
         import torch
 
         from pplr.backbones.base import load_backbone
+        from pplr.backbones.bundles import is_bundle, read_bundle
         from pplr.config import BackboneConfig
         from pplr.runtimes.codec import Wire
         from pplr.runtimes.identity import read_server
         from pplr.runtimes.memory import rss_bytes
         from pplr.runtimes.stage_server import ServerLimits, StageServer
     identity = read_server(federation)
+    if is_bundle(Path(model)) and read_bundle(Path(model)).role == "client":
+        raise BackboneError(f"{model} is a client's bundle", cure="Serve the server's bundle of the same `pplr cut`.")
     if threads is not None:
         torch.set_num_threads(threads)
     with progress.task("loading the model", 1, "models") as advance:

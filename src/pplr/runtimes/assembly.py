@@ -228,19 +228,13 @@ class Assembly:
     def federation(self) -> Federation:
         """Admit every client with the one initial adapter, its encoded samples and its validation."""
         names = (POOLED,) if self.method.pooled else self.data.partition.names
-        clients = []
-        for name in names:
-            personal = self.admit(name, self.initial, "personal") if self.method.personal else None
-            clients.append(
-                FederatedClient(
-                    name,
-                    self._encode(self._samples(name)),
-                    self.admit(name, self.initial),
-                    self._validation(name),
-                    personal,
-                )
-            )
-        return Federation(clients, self.method, self.initial)
+        return Federation([self.federated_client(name) for name in names], self.method, self.initial)
+
+    def federated_client(self, name: str) -> FederatedClient:
+        """Admit one client with the initial adapter, its encoded samples and its validation."""
+        personal = self.admit(name, self.initial, "personal") if self.method.personal else None
+        encoded = self._encode(self._samples(name))
+        return FederatedClient(name, encoded, self.admit(name, self.initial), self._validation(name), personal)
 
     def serving(self, federation: Federation) -> dict[str, FederatedClient]:
         """Say which trainer serves each client of the partition."""

@@ -55,7 +55,7 @@ class StageChannel:
         """Let go of the connection."""
         self._channel.close()
 
-    def call(self, name: str, request: Message, kind: Any, *, max_bytes: int) -> Any:
+    def call(self, name: str, request: Message, kind: Any, *, max_bytes: int, again: bool = True) -> Any:
         """Send a request, the same again if need be, and read its reply.
 
         Args:
@@ -63,6 +63,7 @@ class StageChannel:
             request: Its message. The server must give the same reply to the same request.
             kind: Of the reply.
             max_bytes: Longest reply to take.
+            again: Whether to try again while the server does not answer.
 
         Raises:
             TransportError: The server refused, and did not count the request.
@@ -70,7 +71,7 @@ class StageChannel:
         """
         content = request.SerializeToString()
         method = self._channel.stream_stream(f"/{SERVICE}/{name}")
-        until = time.monotonic() + (0.0 if self._lost else self._patience_s)
+        until = time.monotonic() + (self._patience_s if again and not self._lost else 0.0)
         pause = _FIRST_PAUSE_S
         while True:
             try:

@@ -256,4 +256,5 @@ class GrpcTransport:
     def leave(self) -> None:
         """Let go of everything that the server holds in memory; one that does not answer lets go by itself later."""
         with suppress(TransportError):
-            self._simple("Leave")
+            request = pb.SimpleRequest(header=self._header())
+            self._channel.call("Leave", request, pb.Done, max_bytes=self._max_bytes, again=False)
