@@ -7,9 +7,10 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 RUN_DIR ?= runs/demo
 USER_ID ?= 50
+FUZZ_MESSAGES ?= 1000000
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench fuzz clean
 
 help: ## List the commands.
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -36,6 +37,9 @@ check: $(VENV)/.installed ## Lint, types, layers, tests and doctests.
 
 bench: $(VENV)/.installed ## Measure speed and memory side by side, and write benchmarks/results.
 	$(BIN)/python -m benchmarks
+
+fuzz: $(VENV)/.installed ## Send a million altered messages to a stage server, as a nightly job does.
+	PPLR_FUZZ_MESSAGES=$(FUZZ_MESSAGES) $(BIN)/python tests/runtimes/fuzz_codec.py
 
 clean: ## Remove the environment and the runs.
 	rm -rf $(VENV) runs

@@ -13,6 +13,7 @@ import torch
 
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import ServerLostError, TransportError
+from pplr.recommend.generation import generate
 from pplr.runtimes import codec
 from pplr.runtimes import stage_pb2 as pb
 from pplr.runtimes.framing import SERVICE, frames, joined
@@ -295,3 +296,24 @@ def test_rows_and_lengths_that_do_not_meet_the_cache_are_refused(federation, ser
     with refuses(TransportError, "row 7 of a cache of 2 rows"):
         one.decode(torch.randn(1, 1, 32), StageCall(attention_mask=torch.ones(1, 6, dtype=torch.long)), cache)
     assert one.adapter()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("prompts", [[[5], [5, 6, 7, 8]], [[5, 6, 7, 8], [9]], [[5], [7]], [[5]]])
+def test_prompts_of_one_token_are_written_on_as_in_one_process(federation, serve, prompts, beams) -> None:
+    """A row that is only padding so far, beside one that is not, changes no bit of either."""
+    backbone = tiny_backbone()
+    server = serve(backbone)
+    local = CutModel(backbone, PLAN, ADAPTER, TRAINING)
+    remote = CutModel(
+        backbone, PLAN, ADAPTER, TRAINING, connect=lambda _, plan: connect(server, federation / "one", plan)
+    )
+    start = random_adapter(local.shapes, seed=4)
+    options = {"beams": beams, "max_new_tokens": 6, "returned": beams}
+    here, there = (generate(cut.client("one", start), prompts, **options) for cut in (local, remote))
+    assert torch.equal(here.sequences, there.sequences)
+    assert here.prompt_length == there.prompt_length
+    if beams > 1:
+        assert torch.equal(here.scores, there.scores)
+        assert bool(torch.isfinite(here.scores).all())
+    assert not server.tenancies.all()[0].caches

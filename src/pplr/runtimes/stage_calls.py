@@ -26,7 +26,8 @@ from pplr.stages.stage import StageCall
 
 __all__ = ["OperatorCalls", "SessionCalls"]
 
-_TENANT = 64
+_TENANT, _TENANT_BYTES = 64, 80  # so that it is the name of a folder, however it is written there
+_WIRES = 8
 
 Answers = Mapping[str, tuple[type[Message], Callable[..., Message]]]
 
@@ -68,8 +69,12 @@ class SessionCalls:
 
     def hello(self, client: str, request: Any) -> Any:
         """Open a session."""
-        if not (1 <= len(request.tenant) <= _TENANT and request.tenant.isprintable()):
-            _refuse(f"a tenancy with a name of {len(request.tenant)} letters", "Use 1 to 64 printable letters.")
+        tenant = request.tenant
+        if not (1 <= len(tenant) <= _TENANT and tenant.isprintable() and len(tenant.encode()) <= _TENANT_BYTES):
+            _refuse(
+                f"a tenancy with a name of {len(tenant)} letters",
+                f"Use 1 to {_TENANT} printable letters, and at most {_TENANT_BYTES} bytes of UTF-8.",
+            )
         if request.base_sha256 != self._tenancies.base:
             _refuse(
                 "your bundle was cut from another base than this server's",
@@ -81,6 +86,8 @@ class SessionCalls:
                 f"a cut of {request.total_layers} blocks that leaves the server none of its {plan.total_layers}",
                 "Cut the model that this server serves.",
             )
+        if len(request.wires) > _WIRES:
+            _refuse(f"{len(request.wires)} forms in which states may travel", f"Name at most {_WIRES}.")
         wanted = [Wire.of(number) for number in request.wires]
         allowed = [wire for wire in wanted if wire in self._wires]
         if not allowed:
@@ -107,13 +114,21 @@ class SessionCalls:
 
     # -- training ---------------------------------------------------------------------------------------------
 
-    def _states_in(self, message: Any) -> tuple[Tensor, Tensor]:
+    def _states_in(self, session: Session, message: Any) -> tuple[Tensor, Tensor]:
+        if message.wire != session.wire.number:
+            _refuse(
+                f"states in form number {message.wire}, this session's are {session.wire.value}",
+                "Send them as it was agreed at hello.",
+            )
         return codec.decode_states(message, self._states, dtype=self._backbone.dtype, device=self._backbone.device)
 
-    def _forward(self, session: Session, request: Any) -> Any:
-        states, lengths = self._states_in(request.states)
-        if request.states.padded_left:
+    def _sequences_in(self, session: Session, message: Any) -> tuple[Tensor, Tensor]:
+        if message.padded_left:
             _refuse("whole sequences that are padded on the left", "Pad on the right.")
+        return self._states_in(session, message)
+
+    def _forward(self, session: Session, request: Any) -> Any:
+        states, lengths = self._sequences_in(session, request.states)
         tokens = states.shape[0] * states.shape[1]
         if request.keep:
             if len(session.kept) >= self._limits.max_kept:
@@ -139,14 +154,19 @@ class SessionCalls:
         return reply
 
     def _backward(self, session: Session, request: Any) -> Any:
-        gradient, lengths = self._states_in(request.states)
+        gradient, lengths = self._sequences_in(session, request.states)
         sent = session.kept.get(request.step)
         if sent is not None and sent != tuple(lengths.tolist()):
             _refuse(f"a gradient whose lengths are not those of step {request.step}", "Send the gradient of that step.")
-        left = session.host.backward(session.name, request.step, gradient)
+        try:
+            left = session.host.backward(session.name, request.step, gradient)
+            reply = pb.StatesReply(states=codec.encode_states(left, lengths, session.wire))
+        except (WireError, RuntimeError):  # what it left behind is no gradient
+            session.let_go()
+            raise
         session.kept.pop(request.step, None)
         session.kept_tokens.pop(request.step, None)
-        return pb.StatesReply(states=codec.encode_states(left, lengths, session.wire))
+        return reply
 
     def _discard(self, session: Session, request: Any) -> Any:
         session.let_go()
@@ -187,7 +207,7 @@ class SessionCalls:
         return pb.CacheReply(cache=cache)
 
     def _decode(self, session: Session, request: Any) -> Any:
-        states, new = self._states_in(request.states)
+        states, new = self._states_in(session, request.states)
         cache = session.caches.get(request.cache)
         if cache is None:
             _refuse(f"no open cache {request.cache}", "Open one, and do not use it after closing.")
@@ -204,7 +224,8 @@ class SessionCalls:
         total = tuple(h + n for h, n in zip(held, new.tolist(), strict=False))
         gaps = any(h > 0 and n < tokens for h, n in zip(held, new.tolist(), strict=False))
         padded = request.states.padded_left or all(n == tokens for n in new.tolist())
-        if len(held) != states.shape[0] or gaps or not padded or total != tuple(request.total_lengths) or (
+        told = len(request.total_lengths) == len(held) and total == tuple(request.total_lengths)
+        if len(held) != states.shape[0] or gaps or not padded or not told or (
             request.total_tokens != cache.tokens + tokens
         ):  # fmt: skip
             _refuse("rows or lengths that do not meet the cache", "Say what the cache holds, padded on the left.")

@@ -10,7 +10,7 @@ import grpc
 from google.protobuf.message import Message
 
 from pplr.errors import ServerLostError, TransportError
-from pplr.runtimes.framing import SERVICE, frames, joined
+from pplr.runtimes.framing import REFUSED, SERVICE, frames, joined
 from pplr.runtimes.identity import Kit
 
 __all__ = ["StageChannel"]
@@ -23,6 +23,12 @@ _RETRIED = (
 )
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 _RESUME = "See that it runs and that its certificate names this address, then go on with --resume."
+
+
+def _is_crowded(error: Any) -> bool:
+    """Tell whether gRPC refused for the server, which has too many calls just now, and not the server itself."""
+    told = {key for key, _ in error.trailing_metadata() or ()}
+    return error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and REFUSED not in told
 
 
 class StageChannel:
@@ -80,7 +86,7 @@ class StageChannel:
                 return reply
             except grpc.RpcError as error:
                 code, details = error.code(), " ".join((error.details() or "").split())[:300]
-                if code not in _RETRIED:
+                if code not in _RETRIED and not _is_crowded(error):
                     raise self._refused(name, code, details) from error
                 if time.monotonic() + pause > until:
                     self._lost = True  # what is left to tidy up after this asks once and no more

@@ -150,13 +150,14 @@ class GrpcTransport:
     def begin_round(self, total_steps: int, objective: LocalObjective, anchor: AdapterState | None) -> None:
         """Prepare a round of local training."""
         own = self._own(anchor) if anchor is not None and objective.proximal_mu > 0 else None
+        tensors = codec.encode_tensors(own or {})
         request = pb.BeginRoundRequest(
             header=self._header(),
             total_steps=total_steps,
             proximal_mu=objective.proximal_mu,
             train_a=objective.train_a,
             has_anchor=own is not None,
-            anchor=codec.encode_tensors(own or {}),
+            anchor=tensors,
         )
         self._exchange("BeginRound", request, pb.Done)
 
@@ -229,12 +230,15 @@ class GrpcTransport:
 
     def set_adapter(self, state: Mapping[str, Tensor]) -> None:
         """Write the middle adapter, or some of its tensors."""
-        request = pb.TensorsRequest(header=self._header(), tensors=codec.encode_tensors(self._own(state)))
-        self._exchange("SetAdapter", request, pb.Done)
+        self._write("SetAdapter", state)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Read the middle optimizer's state."""
         return self._read("OptimizerState", "the middle optimizer's state")
+
+    def _write(self, name: str, state: Mapping[str, Tensor]) -> None:
+        tensors = codec.encode_tensors(self._own(state))  # before the header: what cannot be sent is not counted
+        self._exchange(name, pb.TensorsRequest(header=self._header(), tensors=tensors), pb.Done)
 
     def _read(self, name: str, whose: str) -> dict[str, Tensor]:
         tensors = self._simple(name, pb.TensorsReply).tensors
@@ -242,8 +246,7 @@ class GrpcTransport:
 
     def restore_optimizer(self, state: Mapping[str, Tensor]) -> None:
         """Write the middle optimizer's state."""
-        request = pb.TensorsRequest(header=self._header(), tensors=codec.encode_tensors(self._own(state)))
-        self._exchange("RestoreOptimizer", request, pb.Done)
+        self._write("RestoreOptimizer", state)
 
     def save(self) -> None:
         """Have the server write the middle adapter and optimizer to its disk."""

@@ -7,6 +7,7 @@ anything is allocated. Nothing of a tensor is logged.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
@@ -18,14 +19,23 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from pplr.backbones.base import Backbone
-from pplr.errors import AdapterError, BackboneError, CutError, IdentityError, PplrError, TransportError, WireError
+from pplr.errors import (
+    AdapterError,
+    BackboneError,
+    CutError,
+    IdentityError,
+    PplrError,
+    RunError,
+    TransportError,
+    WireError,
+)
 from pplr.runtimes import stage_pb2 as pb
 from pplr.runtimes.codec import Wire
-from pplr.runtimes.framing import PROTOCOL, SERVICE, frames, joined
+from pplr.runtimes.framing import PROTOCOL, REFUSED, SERVICE, frames, joined, parsed
 from pplr.runtimes.identity import Identity, ServerIdentity, identity_of
 from pplr.runtimes.stage_calls import OperatorCalls, SessionCalls
 from pplr.runtimes.stage_metrics import StageMetrics
@@ -44,10 +54,10 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
     (AdapterError, grpc.StatusCode.INVALID_ARGUMENT),
     (CutError, grpc.StatusCode.INVALID_ARGUMENT),
     (BackboneError, grpc.StatusCode.INVALID_ARGUMENT),
-    (DecodeError, grpc.StatusCode.INVALID_ARGUMENT),
     (PplrError, grpc.StatusCode.FAILED_PRECONDITION),
 )
 _TIDY_S = 5.0
+_SMALL_BYTES = 1 << 16
 
 
 class _RefusedError(Exception):
@@ -119,11 +129,20 @@ class StageServer:
     def _listen(self, address: str) -> grpc.Server:
         server = grpc.server(
             futures.ThreadPoolExecutor(self.limits.workers, thread_name_prefix="stage"),
-            maximum_concurrent_rpcs=self.limits.workers,
-            options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 2 << 20)],
+            maximum_concurrent_rpcs=self.limits.max_clients * self.limits.concurrent_calls + self.limits.workers,
+            options=[
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", 2 << 20),
+                ("grpc.max_concurrent_streams", self.limits.concurrent_calls),  # of one connection; more wait there
+            ],
         )
-        names = ("Hello", *self._session_calls.answers, *self._operator_calls.answers)
-        handlers = {name: grpc.stream_stream_rpc_method_handler(self._serving(name)) for name in names}
+        kinds: dict[str, type[Message]] = {"Hello": pb.HelloRequest}
+        for answers in (self._session_calls.answers, self._operator_calls.answers):
+            kinds |= {name: kind for name, (kind, _) in answers.items()}
+        handlers = {
+            name: grpc.stream_stream_rpc_method_handler(self._serving(name, self._most(kind)))
+            for name, kind in kinds.items()
+        }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         self._health = _Health(self._caller)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -137,6 +156,12 @@ class StageServer:
         except RuntimeError as error:
             raise TransportError(f"cannot listen on {address}", cure="Choose a free port of this machine.") from error
         return server
+
+    def _most(self, kind: type[Message]) -> int:
+        """Say how long a request may be: one that holds no tensors is small."""
+        parts = {field.message_type.name for field in kind.DESCRIPTOR.fields if field.message_type is not None}
+        most = self.limits.max_message_bytes
+        return most if parts & {"States", "Tensors"} else min(most, _SMALL_BYTES)
 
     # -- life -------------------------------------------------------------------------------------------------
 
@@ -169,7 +194,7 @@ class StageServer:
         """Take no new calls, let those under way end within ``grace_s``, save every tenancy, and stop.
 
         Raises:
-            StorageError: A tenancy could not be saved; the others were.
+            StorageError: A tenancy could not be saved; the others were, but for those over a client's limit.
         """
         self._draining.set()
         self._stopped.set()
@@ -180,7 +205,9 @@ class StageServer:
             for session in self.tenancies.all() if self.tenancies.store is not None else []:
                 try:
                     self.tenancies.save(session)
-                except PplrError as error:
+                except LimitError as error:
+                    _LOG.warning("%s: %s", session.owner, error)
+                except Exception as error:  # whatever is wrong with one, the others are saved
                     troubles.append(error)
         if troubles:
             raise troubles[0]
@@ -192,20 +219,24 @@ class StageServer:
     def _tidy(self) -> None:
         every = min(_TIDY_S, self.limits.cache_ttl_s / 2)
         while not self._stopped.wait(every):
-            with self._turns.of(""):
-                for trouble in self.tenancies.tidy(time.monotonic()):
-                    _LOG.warning("%s", trouble)
+            try:
+                with self._turns.of(""):
+                    troubles = self.tenancies.tidy(time.monotonic())
+            except Exception as error:  # the next time may be better
+                troubles = [f"idle tenancies could not be let go: {type(error).__name__}"]
+            for trouble in troubles:
+                _LOG.warning("%s", trouble)
 
     # -- one call ---------------------------------------------------------------------------------------------
 
-    def _serving(self, name: str) -> Callable[[Iterator[bytes], grpc.ServicerContext], Iterator[bytes]]:
+    def _serving(self, name: str, most: int) -> Callable[[Iterator[bytes], grpc.ServicerContext], Iterator[bytes]]:
         def serve(parts: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
             client = ""
             try:
                 identity = self._caller(context)
                 client = identity.name
                 with self._counted(client):
-                    content = self._arrived(parts, context)
+                    content = self._arrived(parts, most, context)
                     self.metrics.crossed(client, received=len(content))
                     started = time.monotonic()
                     reply = self._answer(name, identity, content)
@@ -215,11 +246,14 @@ class StageServer:
                 yield from frames(reply)
             except _RefusedError as error:
                 self._abort(context, client, name, error.code, str(error))
-            except (PplrError, DecodeError) as error:
+            except PplrError as error:
                 code = next(code for kind, code in _CODES if isinstance(error, kind))
-                text = "a message that cannot be read" if isinstance(error, DecodeError) else str(error)
+                text = str(error)
+                if isinstance(error, RunError) and name not in self._operator_calls.answers:  # it names folders
+                    _LOG.warning("%s of %s failed: %s", name, client, error)
+                    text = "what the server has of you on its disk cannot be used. Ask its operator to read its log."
                 self._abort(context, client, name, code, text)
-            except (RuntimeError, IndexError, ValueError, TypeError, OverflowError, MemoryError) as error:
+            except Exception as error:  # gRPC would tell the caller its text
                 if not context.is_active():
                     return
                 _LOG.warning("%s of %s failed: %s", name, client, type(error).__name__)
@@ -233,6 +267,7 @@ class StageServer:
         self, context: grpc.ServicerContext, client: str, name: str, code: grpc.StatusCode, message: str
     ) -> NoReturn:
         self.metrics.request(client, name, code.name)
+        context.set_trailing_metadata(((REFUSED, "1"),))
         context.abort(code, " ".join(message.split())[:500])
         raise AssertionError("abort raises")
 
@@ -264,13 +299,13 @@ class StageServer:
                 if not self._calls[client]:
                     del self._calls[client]
 
-    def _arrived(self, parts: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+    def _arrived(self, parts: Iterator[bytes], most: int, context: grpc.ServicerContext) -> bytes:
         """Take a message in, within the time that it may take."""
         timer = threading.Timer(self.limits.call_timeout_s, context.cancel)
         timer.daemon = True
         timer.start()
         try:
-            return joined(parts, self.limits.max_message_bytes)
+            return joined(parts, most)
         except grpc.RpcError as error:  # the sender went away, or took too long
             raise _RefusedError(grpc.StatusCode.CANCELLED, "the message did not arrive in time") from error
         finally:
@@ -281,20 +316,21 @@ class StageServer:
             if identity.role != "operator":
                 raise _RefusedError(grpc.StatusCode.PERMISSION_DENIED, f"{name} is for operators")
             kind, handler = self._operator_calls.answers[name]
-            asked: Any = kind.FromString(content)
+            asked = parsed(kind, content)
             with self._turns.of(identity.name):
                 return handler(asked).SerializeToString()
         if identity.role != "client":
             raise _RefusedError(grpc.StatusCode.PERMISSION_DENIED, f"{name} is for clients")
         if name == "Hello":
-            return self._hello(identity.name, pb.HelloRequest.FromString(content))
+            return self._hello(identity.name, parsed(pb.HelloRequest, content))
         kind, handler = self._session_calls.answers[name]
-        request: Any = kind.FromString(content)
+        request = parsed(kind, content)
         session = self.tenancies.session(identity.name, request.header.session)
+        told = name, hashlib.sha256(content).digest()
         with session.lock:
-            sequence = request.header.sequence
-            if sequence == session.sequence and session.reply is not None:
-                return session.reply
+            sequence, reply = request.header.sequence, session.reply
+            if sequence == session.sequence and told == session.asked and reply is not None:
+                return reply
             if sequence != session.sequence + 1:
                 raise _RefusedError(
                     grpc.StatusCode.OUT_OF_RANGE,
@@ -302,12 +338,10 @@ class StageServer:
                 )
             if name == "BeginRound":
                 self._refuse_while_draining()
-            reply = self._carry_out(name, handler, session, request)
-            session.sequence, session.reply = sequence, reply
-        return reply
+            return self._carry_out(handler, session, request, told)
 
-    def _carry_out(self, name: str, handler: Callable[..., Any], session: Session, request: Any) -> bytes:
-        started = time.monotonic()
+    def _carry_out(self, handler: Callable[..., Any], session: Session, request: Any, told: tuple[str, bytes]) -> bytes:
+        name, started = told[0], time.monotonic()
         with self._turns.of(session.owner.client):
             self.metrics.waited(name, time.monotonic() - started)
             if not self.tenancies.is_current(session):  # a newer session took its place while this one waited
@@ -318,6 +352,7 @@ class StageServer:
             except (RuntimeError, IndexError, ValueError) as error:  # what torch says of shapes that do not meet
                 raise WireError("the request does not fit what is kept for you", cure="Begin the step anew.") from error
             session.used = time.monotonic()
+            self.tenancies.count(session, told, reply)
             return reply
 
     def _hello(self, client: str, request: Any) -> bytes:

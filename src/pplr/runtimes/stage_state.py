@@ -71,7 +71,8 @@ class StateStore:
             StorageError: The disk is full or refuses; what was saved before is untouched.
         """
         store = self._store(owner)
-        numbers = [int(path.name) for path in self._place(owner).glob("[0-9]*")]
+        with storage_errors(self._place(owner)):
+            numbers = [int(path.name) for path in self._place(owner).glob("[0-9]*") if path.name.isdecimal()]
         store.write(
             max(numbers, default=0), dict(settings), {_TENSORS: {n: t.detach().cpu() for n, t in tensors.items()}}, {}
         )
@@ -86,7 +87,7 @@ class StateStore:
         if found is None:
             return None
         try:
-            return Saved(dict(found.state), found.tensors(_TENSORS))
+            return Saved(dict(found.state), found.tensors(f"client-{_TENSORS}"))
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"{found.folder} cannot be read", cure="Delete it; the one before is used."

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplr.backbones.adapters import adapter_shapes
+from pplr.backbones.adapters import adapter_shapes, check_adapter
 from pplr.backbones.base import Backbone
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import PplrError, TransportError
@@ -55,9 +55,10 @@ class ServerLimits:
     Args:
         max_rows: Rows of a batch, or of a cache.
         max_tokens: Tokens of a sequence.
-        max_message_bytes: Bytes of one request, over all its frames.
+        max_message_bytes: Bytes of one request, over all its frames; and of the replies kept for one client's retries.
         max_clients: Clients with a tenancy.
         max_tenancies: Tenancies of one client.
+        max_saved: Tenancies of one client on the disk.
         max_tenancy_bytes: Bytes of one client's adapters, gradients and moments.
         max_kept: Forward passes of one tenancy that wait for their backward pass.
         max_kept_tokens: Tokens, with padding, whose activations wait for a backward pass, of one client.
@@ -75,6 +76,7 @@ class ServerLimits:
     max_message_bytes: int = 256 * 2**20
     max_clients: int = 64
     max_tenancies: int = 32
+    max_saved: int = 1024
     max_tenancy_bytes: int = 2 << 30
     max_kept: int = 4
     max_kept_tokens: int = 1 << 15
@@ -115,7 +117,10 @@ class CacheState:
 
 @dataclass
 class Session:
-    """One process's use of a tenancy, and where its count of requests stands."""
+    """One process's use of a tenancy, and where its count of requests stands.
+
+    Of the newest request it keeps the method with a hash of the content, and the reply, for when it is sent again.
+    """
 
     owner: Owner
     host: StageHost
@@ -124,6 +129,7 @@ class Session:
     attempt: int = 0
     number: int = field(default_factory=lambda: secrets.randbits(63))
     sequence: int = 0
+    asked: tuple[str, bytes] = ("", b"")
     reply: bytes | None = None
     kept_before: bool = False
     in_round: bool = False
@@ -197,6 +203,16 @@ class Tenancies:
             cure="Say hello again.",
         )
 
+    def count(self, session: Session, asked: tuple[str, bytes], reply: bytes) -> None:
+        """Count a request that was carried out, and keep its reply; too many bytes push out those of other sessions."""
+        session.sequence, session.asked, session.reply = session.sequence + 1, asked, reply
+        left = self.limits.max_message_bytes - len(reply)
+        for other in sorted(self.of(session.owner.client), key=lambda own: own.used, reverse=True):
+            if other is not session and other.reply is not None:
+                left -= len(other.reply)
+                if left < 0:
+                    other.reply = None
+
     def is_current(self, session: Session) -> bool:
         """Tell whether no newer session took its place."""
         return self._sessions.get(session.owner) is session
@@ -213,10 +229,16 @@ class Tenancies:
 
         Raises:
             LimitError: The client has as many tenancies, or as large ones, as it may.
-            PplrError: The cut or the adapter does not fit the base.
+            PplrError: The cut or the adapter does not fit the base, what is to go on cannot be used, or the session of
+                this attempt was used already. The tenancy is as it was.
         """
         before = self._sessions.get(owner)
-        if before is not None and attempt and before.attempt == attempt and before.sequence == 0:
+        if before is not None and attempt and before.attempt == attempt:
+            if before.sequence:
+                raise TransportError(
+                    f"attempt {attempt} to open a session, which was opened and used already",
+                    cure="Say hello with a number that was not used before.",
+                )
             return before
         self._check_room(owner, settings)
         tensors: Mapping[str, Tensor] | None = None
@@ -225,10 +247,12 @@ class Tenancies:
         elif keep and self.store is not None and (saved := self.store.load(owner)) is not None:
             tensors = saved.tensors if dict(saved.settings) == settings.told(self.base) else None
         host = self._hosts.get(settings) or StageHost(self.backbone, settings.plan, settings.adapter, settings.training)
+        shapes = host.stage.shapes
+        if tensors is not None:
+            _check_state(tensors, shapes, str(owner))
         if before is not None:
             self.dismiss(owner)
         self._hosts[settings] = host
-        shapes = host.stage.shapes
         host.admit(str(owner), {name: torch.zeros(shape) for name, shape in shapes.items()})
         session = Session(owner, host, settings, wires[0], attempt, kept_before=tensors is not None)
         self._sessions[owner] = session
@@ -272,8 +296,16 @@ class Tenancies:
 
         Raises:
             TransportError: This server has no state folder.
+            LimitError: The client has as many on the disk as it may.
         """
-        self._need_store().save(session.owner, session.settings.told(self.base), session.state())
+        store = self._need_store()
+        others = sum(own.client == session.owner.client and own != session.owner for own in store.owners())
+        if others >= self.limits.max_saved:
+            raise LimitError(
+                f"{others} tenancies of {session.owner.client} are saved, and no more are granted to a client",
+                cure="Have the server's operator delete those that are done from its state folder.",
+            )
+        store.save(session.owner, session.settings.told(self.base), session.state())
 
     def restore(self, session: Session) -> None:
         """Put a tenancy back to where it was saved last.
@@ -337,15 +369,26 @@ def check_optimizer(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[in
         expected = (1,) if kind == "step" else tuple(shapes[tensor])
         if tuple(tensors[name].shape) != expected or tensors[name].dtype != torch.float32:
             refuse(f"whose {kind} of {tensor} is {tuple(tensors[name].shape)} of {tensors[name].dtype}")
+        if not bool(torch.isfinite(tensors[name]).all()):
+            refuse(f"whose {kind} of {tensor} is not finite")
         if kind != "exp_avg" and bool((tensors[name] < 0).any()):
             refuse(f"with a negative {kind}")
 
 
-def _put_back(session: Session, tensors: Mapping[str, Tensor]) -> None:
-    shapes = session.host.stage.shapes
+def _check_state(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], whose: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Part what :meth:`Session.state` returned into adapter and optimizer, and check both."""
+    adapter = {name: tensor for name, tensor in tensors.items() if name in shapes}
     optimizer = {name: tensor for name, tensor in tensors.items() if name not in shapes}
+    check_adapter(adapter, shapes, whose=whose)
     check_optimizer(optimizer, shapes)
-    session.host.set_adapter(session.name, {name: tensor for name, tensor in tensors.items() if name in shapes})
+    return adapter, optimizer
+
+
+def _put_back(session: Session, tensors: Mapping[str, Tensor]) -> None:
+    adapter, optimizer = _check_state(tensors, session.host.stage.shapes, session.name)
+    session.host.set_adapter(session.name, adapter)
     session.host.restore_optimizer(session.name, optimizer)
 
 

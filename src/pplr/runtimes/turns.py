@@ -11,7 +11,7 @@ __all__ = ["Turns"]
 
 
 class Turns:
-    """A lock that goes round: of the clients that wait, the one who waited longest since its last turn is next.
+    """A lock that goes round: of the clients that wait, the one whose last turn is longest ago is next.
 
     However many calls a client sends, each other client waits for at most one of them.
 
@@ -25,7 +25,9 @@ class Turns:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._taken = False
-        self._queues: dict[str, deque[threading.Event]] = {}  # in the order in which clients are served next
+        self._queues: dict[str, deque[threading.Event]] = {}
+        self._turn = 0
+        self._last: dict[str, int] = {}  # each client's last turn
 
     @property
     def waiting(self) -> int:
@@ -40,7 +42,7 @@ class Turns:
         with self._lock:
             if not self._taken:
                 self._taken = True
-                own.set()
+                self._give(client, own)
             else:
                 self._queues.setdefault(client, deque()).append(own)
         own.wait()
@@ -54,8 +56,13 @@ class Turns:
             if not self._queues:
                 self._taken = False
                 return
-            client = next(iter(self._queues))
-            queue = self._queues.pop(client)
-            queue.popleft().set()
-            if queue:
-                self._queues[client] = queue  # at the end: the others come first
+            client = min(self._queues, key=lambda waiting: self._last.get(waiting, 0))  # among equals, who came first
+            queue = self._queues[client]
+            self._give(client, queue.popleft())
+            if not queue:
+                del self._queues[client]
+
+    def _give(self, client: str, call: threading.Event) -> None:
+        self._turn += 1
+        self._last[client] = self._turn
+        call.set()
