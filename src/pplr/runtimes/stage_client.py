@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -73,6 +72,7 @@ class GrpcTransport:
         self.traffic = Traffic()
         self._channel, self._dtype, self._device, self._middle = channel, dtype, device, plan.middle
         self._sequence, self._session, self._max_bytes = 0, 0, _MAX_REPLY
+        self._unanswered = False  # whether the newest request may or may not have been carried out
         self._rows: dict[int, list[int] | None] = {}  # of each open cache, those to keep at its next use
         hello = pb.HelloRequest(
             version=PROTOCOL,
@@ -97,16 +97,40 @@ class GrpcTransport:
 
     def _header(self) -> Any:
         self._sequence += 1
+        self._unanswered = True
         return pb.Header(session=self._session, sequence=self._sequence)
 
     def _exchange(self, name: str, request: Message, kind: Any) -> Any:
         """Send a request and read its reply; one that was refused is not counted."""
         try:
-            return self._channel.call(name, request, kind, max_bytes=self._max_bytes)
+            reply = self._channel.call(name, request, kind, max_bytes=self._max_bytes)
         except TransportError as error:
             if not isinstance(error, ServerLostError | WireError):
                 self._sequence -= 1
+                self._unanswered = False
             raise
+        self._unanswered = False
+        return reply
+
+    def _let_go(self, name: str, kind: Any = pb.SimpleRequest, **fields: Any) -> None:
+        """Have the server let go of something; when it is lost or Ctrl-C came, what ends the run speaks for itself."""
+        if self._unanswered:
+            self._try(name, kind, **fields)
+        else:
+            self._exchange(name, kind(header=self._header(), **fields), pb.Done)
+
+    def _try(self, name: str, kind: Any = pb.SimpleRequest, **fields: Any) -> None:
+        """Ask once, also when nobody knows whether the request before was carried out, and pass over a failure."""
+        for sequence in (self._sequence + 1, self._sequence):  # it was; or it was not, and its number is free
+            request = kind(header=pb.Header(session=self._session, sequence=sequence), **fields)
+            try:
+                self._channel.call(name, request, pb.Done, max_bytes=self._max_bytes, again=False)
+            except ServerLostError:
+                return
+            except TransportError:
+                continue
+            self._sequence, self._unanswered = sequence, False
+            return
 
     def _send(self, states: Tensor, lengths: Tensor, *, padded_left: bool = False) -> Any:
         return codec.encode_states(states, lengths, self.wire, padded_left=padded_left)
@@ -145,7 +169,7 @@ class GrpcTransport:
     def discard(self) -> None:
         """Let go of kept activations, gradients and caches."""
         self._rows.clear()
-        self._simple("Discard")
+        self._let_go("Discard")
 
     def begin_round(self, total_steps: int, objective: LocalObjective, anchor: AdapterState | None) -> None:
         """Prepare a round of local training."""
@@ -179,7 +203,7 @@ class GrpcTransport:
 
     def end_round(self) -> None:
         """Let go of what only the round needed."""
-        self._simple("EndRound")
+        self._let_go("EndRound")
 
     def open_cache(self) -> int:
         """Open a key-value cache in the middle stage."""
@@ -222,7 +246,7 @@ class GrpcTransport:
         """Let go of a cache."""
         self._check_open(cache)
         del self._rows[cache]
-        self._exchange("CloseCache", pb.CacheRequest(header=self._header(), cache=cache), pb.Done)
+        self._let_go("CloseCache", pb.CacheRequest, cache=cache)
 
     def adapter(self) -> AdapterState:
         """Read the middle adapter."""
@@ -258,6 +282,4 @@ class GrpcTransport:
 
     def leave(self) -> None:
         """Let go of everything that the server holds in memory; one that does not answer lets go by itself later."""
-        with suppress(TransportError):
-            request = pb.SimpleRequest(header=self._header())
-            self._channel.call("Leave", request, pb.Done, max_bytes=self._max_bytes, again=False)
+        self._try("Leave")
