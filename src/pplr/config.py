@@ -25,6 +25,7 @@ __all__ = [
     "EvaluationConfig",
     "FederationConfig",
     "HoldoutConfig",
+    "ItemVectorsConfig",
     "PartitionConfig",
     "PromptConfig",
     "RunConfig",
@@ -133,11 +134,35 @@ class PromptConfig(_Section):
     """The instruction; `{noun}` and `{verb}` are filled in."""
 
 
+class ItemVectorsConfig(_Section):
+    """With `item_vectors`: what a vector of an item is, and how states are matched with them."""
+
+    attributes: tuple[str, ...] = ()
+    """Columns of the items whose values are read after the title, such as genres."""
+
+    whitening: Literal["none", "standardise", "zca"] = "zca"
+    """How the base model's title vectors are prepared: as they are, each dimension standardised, or decorrelated."""
+
+    width: int = Field(default=256, ge=1)
+    """Width of the space in which states and items are compared."""
+
+    temperature: float = Field(default=0.05, gt=0)
+    """τ by which cosines are divided before the softmax over the catalog."""
+
+    negatives: int | None = Field(default=None, ge=1)
+    """Items that a batch's targets are compared with, drawn anew for each batch; the whole catalog when absent."""
+
+    residuals: Literal["none", "client", "mixed"] = "none"
+    """A learned vector for each item besides its text, which carries interactions. `client`: it never leaves the
+    client. `mixed`: it is exchanged like an adapter. Items that nobody took have none of use."""
+
+
 class BackboneConfig(_Section):
     """The language model."""
 
     name: str = "causal_lm"
-    """A registered backbone. `causal_lm`: a decoder writes the next title, which is grounded in the catalog."""
+    """A registered backbone. `causal_lm`: a decoder writes the next title, which is grounded in the catalog.
+    `item_vectors`: a decoder reads one vector for each item of a history, and every position predicts the next."""
 
     model: str = "smollm2-135m"
     """A short name (`smollm2-135m`), a hub id, a local folder, or a GGUF file."""
@@ -151,11 +176,18 @@ class BackboneConfig(_Section):
     device: str = "cpu"
     """Where the model runs: `cpu`, `cuda`, `cuda:1`, ..."""
 
+    keep_blocks: int | None = Field(default=None, ge=1)
+    """Use the model's first blocks alone; all when absent. For `item_vectors`, a few blocks of a language model read
+    items about as well as all of them, and train several times as fast."""
+
     max_tokens: int = Field(default=512, ge=16)
     """Longest prompt with its answer; the oldest items of a history give way, a title is never cut in two."""
 
     prompt: PromptConfig = PromptConfig()
     """The words around a history."""
+
+    item_vectors: ItemVectorsConfig = ItemVectorsConfig()
+    """Settings of `item_vectors`."""
 
 
 class ClientCutConfig(_Section):
@@ -217,8 +249,11 @@ class TrainingConfig(_Section):
     warmup_steps: int = Field(default=20, ge=0)
     """Optimizer steps until the peak rate; at most half of all steps."""
 
-    schedule: Literal["linear", "constant"] = "linear"
-    """After the warm-up: `linear` falls to zero over all server rounds, `constant` stays."""
+    ends_rate: float = Field(default=1.0, gt=0)
+    """What is trained outside the blocks (projections of `item_vectors`) learns at this many times the rate."""
+
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """After the warm-up: `linear` and `cosine` fall to zero over all server rounds, `constant` stays."""
 
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest global gradient norm, taken over all stages together."""

@@ -257,7 +257,9 @@ class BackboneContract:
         plan = CutPlan(1, 1, backbone.total_layers)
         cut = self.cut(backbone, plan)
         base = cut.client("starts", cut.initial_adapter(0)).hidden_states(batch)
-        trained = cut.client("trained", random_adapter(cut.shapes))
+        ends = cut.input.end_shapes | cut.output.end_shapes
+        start = cut.initial_adapter(0)
+        trained = cut.client("trained", random_adapter(cut.shapes) | {name: start[name] for name in ends})
         assert not torch.equal(trained.hidden_states(batch), base)
         assert torch.equal(trained.hidden_states(batch, adapter=False), base)
 

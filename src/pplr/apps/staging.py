@@ -46,6 +46,9 @@ def serve(
     ] = "bfloat16",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     backbone: Annotated[str, typer.Option(help="The registered backbone.")] = "causal_lm",
+    keep_blocks: Annotated[
+        int | None, typer.Option(min=1, help="Use the model's first blocks alone, as the clients do.")
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Compute threads; the machine's cores when absent.")
     ] = None,
@@ -99,7 +102,8 @@ def serve(
     if threads is not None:
         torch.set_num_threads(threads)
     with progress.task("loading the model", 1, "models") as advance:
-        base = load_backbone(BackboneConfig(name=backbone, model=model, dtype=dtype, device=device), progress.note)
+        chosen = BackboneConfig(name=backbone, model=model, dtype=dtype, device=device, keep_blocks=keep_blocks)
+        base = load_backbone(chosen, progress.note)
         advance(1)
     limits = ServerLimits(
         max_rows=max_rows,

@@ -47,6 +47,7 @@ AdapterState = dict[str, Tensor]
 """LoRA tensors by PEFT's name on the uncut model; float32."""
 
 _PREFIX = "base_model.model."
+_ENDS = "ends.safetensors"
 
 
 def natural_order(names: Iterable[str]) -> list[str]:
@@ -253,7 +254,10 @@ def check_adapter(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, .
 
 
 def save_adapter(state: AdapterState, folder: Path, config: AdapterConfig, model: str) -> None:
-    """Write an adapter as PEFT does: ``adapter_model.safetensors`` and ``adapter_config.json``."""
+    """Write an adapter as PEFT does: ``adapter_model.safetensors`` and ``adapter_config.json``.
+
+    What is trained outside the blocks is none of PEFT's and goes to ``ends.safetensors``.
+    """
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.lora_alpha,
@@ -265,7 +269,10 @@ def save_adapter(state: AdapterState, folder: Path, config: AdapterConfig, model
     ).to_dict()
     lora = {key: sorted(value) if isinstance(value, set) else value for key, value in lora.items()}
     tensors = {name: state[name].detach().contiguous().cpu() for name in natural_order(state)}
-    write_atomic(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    factors = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
+    write_atomic(folder / "adapter_model.safetensors", save(factors, metadata={"format": "pt"}))
+    if ends := {name: tensor for name, tensor in tensors.items() if name not in factors}:
+        write_atomic(folder / _ENDS, save(ends, metadata={"format": "pt"}))
     text = json.dumps({k: getattr(v, "value", v) for k, v in lora.items()}, indent=2, sort_keys=True, default=str)
     write_atomic(folder / "adapter_config.json", (text + "\n").encode())
 
@@ -278,7 +285,10 @@ def load_adapter(folder: Path) -> AdapterState:
     """
     path = folder / "adapter_model.safetensors"
     try:
-        return dict(load_file(path))
+        state = dict(load_file(path))
+        if (folder / _ENDS).exists():
+            state |= load_file(folder / _ENDS)
+        return {name: state[name] for name in natural_order(state)}
     except FileNotFoundError:
         raise AdapterError(f"no adapter at {path}", cure="Train the run to its end, or give another run.") from None
     except (SafetensorError, OSError) as error:

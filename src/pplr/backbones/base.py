@@ -8,9 +8,9 @@ span of its blocks may be hosted anywhere.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,10 @@ from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample
 from pplr.errors import ConfigError, nearest
 
-__all__ = ["BACKBONES", "Backbone", "Batch", "Blocks", "load_backbone", "register"]
+__all__ = ["BACKBONES", "Backbone", "Batch", "Blocks", "End", "load_backbone", "register"]
+
+End = Literal["input", "output"]
+"""One of the two ends of a model, both of which the client holds."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,11 @@ class Backbone(ABC):
         hidden_size: D, the width of what passes from block to block.
         dtype: Of the frozen base and of what passes from block to block.
         device: Where the base lies.
+        trains_on: What a sample is: one ``target`` after a history, or a ``history`` whose every item is a target.
     """
 
     name: ClassVar[str]
+    trains_on: ClassVar[Literal["target", "history"]] = "target"
     total_layers: int
     hidden_size: int
     dtype: torch.dtype
@@ -137,13 +142,45 @@ class Backbone(ABC):
     def collate(self, encoded: Sequence[Any]) -> Batch:
         """Pad encoded samples to a batch."""
 
-    @abstractmethod
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Map token ids (B, T) to what enters the first block (B, T, D)."""
+    def prepare(self, catalog: Catalog, read: Callable[[Sequence[str]], Tensor]) -> None:  # noqa: B027
+        """Take in a catalog before anything is encoded; nothing by default.
+
+        Args:
+            catalog: N items.
+            read: Turns S texts into (S, D) states of the base model, averaged over a text's tokens.
+        """
+
+    def end_shapes(self, end: End) -> dict[str, tuple[int, ...]]:
+        """Say what is trained outside the blocks at one end, by its name in an adapter; nothing by default."""
+        return {}
+
+    def initial_end(self, name: str, shape: tuple[int, ...], source: torch.Generator) -> Tensor:
+        """Draw the start of what is trained outside the blocks, float32."""
+        return torch.zeros(shape)
+
+    @property
+    def private(self) -> frozenset[str]:
+        """Names of tensors that never leave the client, not even to be mixed; none by default."""
+        return frozenset()
 
     @abstractmethod
-    def loss(self, hidden_states: Tensor, batch: Batch) -> Tensor:
-        """Sum the loss over the batch's targets, from the last block's states (B, T, D)."""
+    def embed(self, input_ids: Tensor, ends: Mapping[str, Tensor]) -> Tensor:
+        """Map token ids (B, T) to what enters the first block (B, T, D).
+
+        Args:
+            input_ids: Tokens, or whatever a batch of this backbone is made of.
+            ends: What is trained at the input end; see :meth:`end_shapes`.
+        """
+
+    @abstractmethod
+    def loss(self, hidden_states: Tensor, batch: Batch, ends: Mapping[str, Tensor]) -> Tensor:
+        """Sum the loss over the batch's targets, from the last block's states (B, T, D).
+
+        Args:
+            hidden_states: (B, T, D).
+            batch: What they came from.
+            ends: What is trained at the output end.
+        """
 
     @abstractmethod
     def client_bytes(self) -> int:
@@ -172,7 +209,7 @@ def load_backbone(config: BackboneConfig, notify: Callable[[str], None] = lambda
         ConfigError: No backbone has that name.
         BackboneError: The model cannot be loaded.
     """
-    from pplr.backbones import causal_lm  # noqa: F401  (registers itself)
+    from pplr.backbones import causal_lm, item_vectors  # noqa: F401  (they register themselves)
 
     try:
         kind = BACKBONES[config.name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -102,6 +102,22 @@ class DecoderBlocks(Blocks):
         ).last_hidden_state
 
 
+def _shorten(model: PreTrainedModel, blocks: int) -> None:
+    """Keep a decoder's first blocks."""
+    total = model.config.num_hidden_layers
+    if blocks > total:
+        raise BackboneError(
+            f"backbone.keep_blocks is {blocks}, and the model has {total} blocks",
+            cure="Lower it, or set it to null for all.",
+        )
+    inner = cast(Any, model).model
+    inner.layers = inner.layers[:blocks]
+    for config in {id(own): own for own in (model.config, inner.config)}.values():
+        config.num_hidden_layers = blocks
+        if getattr(config, "layer_types", None) is not None:
+            config.layer_types = list(config.layer_types[:blocks])
+
+
 @register
 class CausalLM(Backbone):
     """A decoder of the Llama-like layout, trained to write ``"Title"`` after a prompt.
@@ -173,6 +189,8 @@ class CausalLM(Backbone):
     def load(cls, config: BackboneConfig, notify: Callable[[str], None] = lambda _: None) -> CausalLM:
         """Load from a short name, a hub id, a folder or a GGUF file; see :func:`load_pretrained`."""
         model, tokenizer, folder = load_pretrained(config, FAMILIES, notify)
+        if config.keep_blocks is not None:
+            _shorten(model, config.keep_blocks)
         return cls(model, tokenizer, prompt=config.prompt, max_tokens=config.max_tokens, folder=folder)
 
     def blocks(self, span: range) -> DecoderBlocks:
@@ -274,7 +292,7 @@ class CausalLM(Backbone):
 
     # -- tokens to states, states to loss ---------------------------------------------------------------------
 
-    def embed(self, input_ids: Tensor) -> Tensor:
+    def embed(self, input_ids: Tensor, ends: Mapping[str, Tensor] | None = None) -> Tensor:
         """Look up token embeddings: (B, T) -> (B, T, D)."""
         return self.model.model.embed_tokens(input_ids)
 
@@ -286,7 +304,7 @@ class CausalLM(Backbone):
         """Apply the final norm: (..., D) -> (..., D)."""
         return self.model.model.norm(hidden_states)
 
-    def loss(self, hidden_states: Tensor, batch: Batch) -> Tensor:
+    def loss(self, hidden_states: Tensor, batch: Batch, ends: Mapping[str, Tensor] | None = None) -> Tensor:
         """Sum the cross-entropy over answer tokens; the head runs only where one is predicted."""
         before = hidden_states[:, :-1][batch.is_target[:, 1:]]  # (M, D), the states that predict answer tokens
         labels = batch.input_ids[:, 1:][batch.is_target[:, 1:]]  # (M,)
@@ -307,7 +325,9 @@ class CausalLM(Backbone):
         """Hash every frozen tensor with its name and dtype; for a bundle, the base it was cut from."""
         digest = hashlib.sha256()
         if self.folder and is_bundle(Path(self.folder)):
-            return sha256_bytes(f"bundle {read_bundle(Path(self.folder)).base_sha256} {self.dtype}".encode())
+            base = read_bundle(Path(self.folder))
+            kept = "" if self.total_layers == base.plan["total_layers"] else f" {self.total_layers} blocks"
+            return sha256_bytes(f"bundle {base.base_sha256} {self.dtype}{kept}".encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)))

@@ -19,6 +19,7 @@ __all__ = [
     "draw_samples",
     "evaluation_cases",
     "shown_title",
+    "training_histories",
     "training_samples",
 ]
 
@@ -33,11 +34,13 @@ class Sample:
         user: The user's number.
         history: Item numbers, oldest first.
         target: The item number that followed.
+        every: Whether each item of the history but the first is a target too.
     """
 
     user: int
     history: tuple[int, ...]
     target: int
+    every: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,30 @@ def training_samples(holdout: Holdout, users: Iterable[int], history_items: int)
         for position in range(1, len(items)):
             history = tuple(items[max(0, position - history_items) : position])
             samples.append(Sample(int(user), history, items[position]))
+    return samples
+
+
+def training_histories(holdout: Holdout, users: Iterable[int], history_items: int) -> list[Sample]:
+    """Make windows of each user's train items, in which every item but the first is a target.
+
+    Windows are counted from the newest item backwards and share the item at their border, so every train item but a
+    user's first is a target exactly once.
+
+    Args:
+        holdout: Only its train part is read.
+        users: User numbers, in the order wanted.
+        history_items: Most items before the last of a window.
+
+    Returns:
+        Samples by user, then time.
+    """
+    samples: list[Sample] = []
+    for user in users:
+        items = holdout.train[user].tolist()
+        ends = sorted(range(len(items) - 1, 0, -history_items))
+        for end in ends:
+            start = max(0, end - history_items)
+            samples.append(Sample(int(user), tuple(items[start:end]), items[end], every=True))
     return samples
 
 

@@ -44,6 +44,9 @@ def _gram_of_updates(adapters: Sequence[AdapterState], initial: AdapterState) ->
 def _gram_of_products(adapters: Sequence[AdapterState], initial: AdapterState) -> Matrix:
     """⟨B_i A_i, B_j A_j⟩ = Σ (B_iᵀ B_j) ∘ (A_i A_jᵀ), from R x R matrices; BA is never formed."""
     gram = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
+    for name in _outside_blocks(initial):
+        rows = _stacked(adapters, name)
+        gram += (rows @ rows.T).cpu()
     for a_name, b_name in _pairs(initial):
         a = torch.stack([state[a_name] for state in adapters]).double()  # (C, R, D_in)
         b = torch.stack([state[b_name] for state in adapters]).double()  # (C, D_out, R)
@@ -61,6 +64,11 @@ def _pairs(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
     for name in state:
         if ".lora_A." in name:
             yield name, name.replace(".lora_A.", ".lora_B.")
+
+
+def _outside_blocks(state: Mapping[str, Tensor]) -> list[str]:
+    """Name what is no LoRA factor: tensors that stand for themselves."""
+    return [name for name in state if ".lora_" not in name]
 
 
 def similarity(adapters: Sequence[AdapterState], initial: AdapterState, *, of: str = "adapters") -> Matrix:
@@ -129,10 +137,11 @@ def mix(
         adapters: C states with the same names; not changed here.
         weights: W, (C, C), rows of sum 1.
         averaging: ``factors`` mixes A and B apart, as the paper does; ``freeze_a`` mixes B alone; ``product`` mixes
-            the products BA exactly and cuts the mixture back to the rank by a singular value decomposition.
+            the products BA exactly and cuts the mixture back to the rank by a singular value decomposition. What is
+            no LoRA factor is mixed as it is.
 
     Yields:
-        For each LoRA layer a list of C dictionaries with the mixed tensors of that layer.
+        For each LoRA layer, and each other tensor, a list of C dictionaries with the mixed tensors of that layer.
 
     Raises:
         FederationError: The weights do not fit the clients.
@@ -152,6 +161,11 @@ def mix(
             ({} if mixed_a is None else {a_name: mixed_a[i].float()}) | {b_name: mixed_b[i].float()}
             for i in range(count)
         ]
+    for name in _outside_blocks(adapters[0]):
+        rows = _stacked(adapters, name)  # (C, P)
+        mixed = torch.from_numpy(np.ascontiguousarray(weights)).to(rows) @ rows
+        shape = adapters[0][name].shape
+        yield [{name: mixed[i].float().view(shape)} for i in range(count)]
 
 
 def _mix_factors(a: Tensor, b: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -91,12 +91,14 @@ def run_rounds(
                 check_adapter(client.personal.adapter(), shapes, whose=f"client {client.name}'s personal adapter")
         _keep(federation, config, folder, server_round, "local")
 
-        # 2. Similarity and heating decide who learns from whom.
+        # 2. Similarity and heating decide who learns from whom, by what clients exchange.
+        private = participants[0].model.backbone.private
+        adapters = [_without_private(adapter, private) for adapter in adapters]
         mixing = method.mixing(
             RoundView(
                 server_round=server_round,
                 adapters=adapters,
-                initial=federation.initial,
+                initial=_without_private(federation.initial, private),
                 losses=[results[client.name].loss for client in participants],
                 samples=[len(client.encoded) for client in participants],
             )
@@ -132,6 +134,11 @@ def run_rounds(
         federation.next_round += 1
         write_checkpoint(federation, store, improved)
         progress.server_round(record)
+
+
+def _without_private(state: AdapterState, private: frozenset[str]) -> AdapterState:
+    """Leave out what never leaves a client."""
+    return {name: tensor for name, tensor in state.items() if name not in private}
 
 
 def _out_of_patience(federation: Federation, config: Config) -> bool:

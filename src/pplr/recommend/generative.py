@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,18 +24,25 @@ from pplr.recommend.trie import TitleTrie, TrieConstraint, generated_titles
 from pplr.stages.model import ClientModel
 from pplr.storage import cache_dir, sha256_bytes, write_atomic
 
-__all__ = ["GenerativeRanker", "TitleSpace", "embed_texts"]
+__all__ = ["GenerativeRanker", "TitleSpace", "embed_texts", "read_texts"]
 
 _BATCH_TOKENS, _BATCH_ROWS = 4096, 256
 
 
-def embed_texts(model: ClientModel, texts: Sequence[str], advance: Callable[[int], None] = lambda _: None) -> Tensor:
+def embed_texts(
+    model: ClientModel,
+    texts: Sequence[str],
+    advance: Callable[[int], None] = lambda _: None,
+    *,
+    pooling: Literal["last", "mean"] = "last",
+) -> Tensor:
     """Embed texts by the base model: the state of the last token after the final norm, adapters off.
 
     Args:
         model: Any client's model; its adapter takes no part.
         texts: S texts, none of them empty.
         advance: Told the number of texts done.
+        pooling: ``mean`` takes the mean over a text's tokens instead of the last.
 
     Returns:
         (S, D) float32, on the CPU. Equal texts have equal rows.
@@ -50,8 +58,13 @@ def embed_texts(model: ClientModel, texts: Sequence[str], advance: Callable[[int
         chosen = order[start : start + size]
         batch = backbone.pad([rows[i] for i in chosen])
         states = model.hidden_states(batch, adapter=False)  # (B, T, D)
-        last = states[torch.arange(len(chosen)), batch.lengths - 1]
-        embeddings[chosen] = backbone.final_states(last).float().cpu()
+        if pooling == "last":
+            told = backbone.final_states(states[torch.arange(len(chosen)), batch.lengths - 1]).float()
+        else:
+            real = torch.arange(states.shape[1])[None, :] < batch.lengths[:, None]
+            final = backbone.final_states(states).float() * real[:, :, None].to(states.device)
+            told = final.sum(dim=1) / batch.lengths[:, None].to(states.device)
+        embeddings[chosen] = told.cpu()
         start += len(chosen)
         advance(len(chosen))
     return embeddings[[unique[text] for text in texts]]
@@ -86,13 +99,36 @@ class TitleSpace:
         title_of = torch.tensor([distinct[title] for title in shown])
         key = sha256_bytes("\n".join(["titles 1", backbone.fingerprint(), *distinct]).encode())
         path = cache_dir() / "title_embeddings" / f"{key[:32]}.safetensors"
-        embeddings = _read(path)
-        if embeddings is None:
-            embeddings = embed_texts(model, list(distinct), advance)
-            content = save({"embeddings": embeddings})
-            write_atomic(path.with_suffix(".sha256"), sha256_bytes(content).encode())  # first: alone it means nothing
-            write_atomic(path, content)
-        return cls(catalog, embeddings, title_of)
+        return cls(catalog, _cached(path, lambda: embed_texts(model, list(distinct), advance)), title_of)
+
+
+def read_texts(model: ClientModel, texts: Sequence[str], advance: Callable[[int], None] = lambda _: None) -> Tensor:
+    """Read texts as vectors, each the mean of the base model's states over its tokens, or take them from the cache.
+
+    Args:
+        model: Any client's model; its adapter takes no part.
+        texts: S texts, none of them empty.
+        advance: Told the number of texts done.
+
+    Returns:
+        (S, D) float32, on the CPU.
+
+    Raises:
+        StorageError: The cached file is damaged.
+    """
+    key = sha256_bytes("\n".join(["texts 1", _decoder(model).fingerprint(), *texts]).encode())
+    path = cache_dir() / "title_embeddings" / f"{key[:32]}.safetensors"
+    return _cached(path, lambda: embed_texts(model, texts, advance, pooling="mean"))
+
+
+def _cached(path: Path, make: Callable[[], Tensor]) -> Tensor:
+    embeddings = _read(path)
+    if embeddings is None:
+        embeddings = make()
+        content = save({"embeddings": embeddings})
+        write_atomic(path.with_suffix(".sha256"), sha256_bytes(content).encode())  # first: alone it means nothing
+        write_atomic(path, content)
+    return embeddings
 
 
 def _read(path: Path) -> Tensor | None:

@@ -8,14 +8,24 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from pplr.backbones.adapters import AdapterState
-from pplr.backbones.base import Backbone, load_backbone
+from pplr.backbones.base import BACKBONES, Backbone, load_backbone
+from pplr.backbones.item_vectors import ItemVectors
 from pplr.config import Config
 from pplr.data.holdout import Holdout, make_holdout
 from pplr.data.interactions import Dataset
 from pplr.data.partition import Partition, make_partition
-from pplr.data.prompts import Case, Sample, draw_cases, draw_samples, evaluation_cases, training_samples
+from pplr.data.prompts import (
+    Case,
+    Sample,
+    draw_cases,
+    draw_samples,
+    evaluation_cases,
+    training_histories,
+    training_samples,
+)
 from pplr.data.sources import load_dataset
 from pplr.errors import ConfigError, PartitionError, nearest
 from pplr.federation.client import FederatedClient, Validate
@@ -23,7 +33,8 @@ from pplr.federation.methods import make_method
 from pplr.federation.rounds import Federation
 from pplr.progress import Progress
 from pplr.recommend.evaluation import Ranker, evaluate
-from pplr.recommend.generative import GenerativeRanker, TitleSpace
+from pplr.recommend.generative import GenerativeRanker, TitleSpace, read_texts
+from pplr.recommend.matching import MatchingRanker
 from pplr.recommend.metrics import ranking_metrics
 from pplr.recommend.training import evaluation_loss
 from pplr.runtimes.address import StageServerAt
@@ -81,7 +92,9 @@ def load_run_data(config: Config, notify: Callable[[str], None] = lambda _: None
     holdout = make_holdout(dataset, config.data.holdout)
     seed, items = config.run.seed, config.data.history_items
     partition = make_partition(dataset, holdout, config.data.partition, config.federation.clients, seed)
-    every = [training_samples(holdout, users.tolist(), items) for users in partition.users]
+    kind = BACKBONES.get(config.backbone.name)
+    make = training_histories if kind is not None and kind.trains_on == "history" else training_samples
+    every = [make(holdout, users.tolist(), items) for users in partition.users]
     samples = draw_samples(every, config.training.samples, seed)
     for name, own in zip(partition.names, samples, strict=True):
         if not own:
@@ -143,6 +156,8 @@ class Assembly:
         self.plan = CutPlan.make(config.cut, self.backbone.total_layers)
         self._connections = self._connect(stage_server)
         self._models: dict[CutPlan, CutModel] = {}
+        if isinstance(self.backbone, ItemVectors):
+            self.backbone.prepare(self.data.dataset.catalog, self._read_texts)
         self.model = self._model(self.plan)
         self.initial: AdapterState = self.model.initial_adapter(config.run.seed)
 
@@ -221,8 +236,24 @@ class Assembly:
         finally:
             self.model.dismiss("title embeddings")
 
+    def _read_texts(self, texts: Sequence[str]) -> Tensor:
+        """Read texts by the base model of a backbone that reads items, through a client of no data."""
+        if not isinstance(self.backbone, ItemVectors):
+            raise TypeError(f"{self.backbone.name} reads no items")
+        text = self.backbone.text
+        connect = None if self._connections is None else self._connections.connector(text, self.config)
+        model = CutModel(text, self.plan, self.config.adapter, self.config.training, connect=connect)
+        reader = model.client("item texts", model.initial_adapter(0))
+        try:
+            with self.progress.task("reading items", len(set(texts)), "texts") as advance:
+                return read_texts(reader, texts, advance)
+        finally:
+            model.close()
+
     def ranker(self, model: ClientModel) -> Ranker:
         """Make the ranker of one client's model."""
+        if isinstance(self.backbone, ItemVectors):
+            return MatchingRanker(model, history_items=self.config.data.history_items)
         return GenerativeRanker(model, self.space, self.config.evaluation, history_items=self.config.data.history_items)
 
     def federation(self) -> Federation:

@@ -14,6 +14,7 @@ from pplr.backbones.adapters import AdapterState, adapter_shapes, check_adapter,
 from pplr.backbones.base import Backbone, Batch
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import CheckpointError
+from pplr.seeds import derive_seed
 from pplr.stages.boundary import Crossing
 from pplr.stages.cut import CutPlan
 from pplr.stages.host import StageHost
@@ -48,8 +49,8 @@ class CutModel:
         self.backbone = backbone
         self.plan = plan
         self.training = training
-        self.input = Stage(backbone, plan.input, adapter)
-        self.output = Stage(backbone, plan.output, adapter)
+        self.input = Stage(backbone, plan.input, adapter, "input")
+        self.output = Stage(backbone, plan.output, adapter, "output")
         self.host: StageHost | None = None
         self._transports: dict[str, Transport] = {}
         self._connect = None if plan.is_whole else connect
@@ -59,13 +60,18 @@ class CutModel:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every LoRA tensor of all stages, in natural order."""
+        """Shape of every trained tensor of all stages, in natural order."""
         found = self.input.shapes | self.output.shapes | self._middle_shapes
         return {name: found[name] for name in natural_order(found)}
 
     def initial_adapter(self, seed: int) -> AdapterState:
         """Draw the one adapter that every client starts from; the same for every cut."""
-        return initial_adapter(self.shapes, seed)
+        ends = self.input.end_shapes | self.output.end_shapes
+        start = initial_adapter(self.shapes, seed)
+        for name, shape in ends.items():
+            source = torch.Generator().manual_seed(derive_seed(seed, "initial adapter", name))
+            start[name] = self.backbone.initial_end(name, shape, source)
+        return start
 
     def client(self, name: str, initial: Mapping[str, Tensor]) -> ClientModel:
         """Admit a client: it costs an adapter and an optimizer, and no copy of the base."""
@@ -144,11 +150,16 @@ class ClientModel:
         """What crossed the cut so far."""
         return Traffic() if self.transport is None else self.transport.traffic.reading()
 
+    @property
+    def output_end(self) -> Mapping[str, Tensor]:
+        """What is trained outside the blocks at the output end."""
+        return self._members[1].ends
+
     # -- whole sequences --------------------------------------------------------------------------------------
 
     def train_loss(self, batch: Batch, dropout_seed: int) -> Tensor:
         """Sum the loss over a batch's targets, ready for ``backward``, which crosses the cut again."""
-        states = self.backbone.embed(batch.input_ids)  # (B, T) -> (B, T, D)
+        states = self.backbone.embed(batch.input_ids, self._members[0].ends)  # (B, T) -> (B, T, D)
         call = StageCall(dropout_seed=dropout_seed)
         states = self._stages[0].run(self._members[0], states, call)
         if self.transport is not None:
@@ -157,7 +168,7 @@ class ClientModel:
             self._step += 1
             states = Crossing.apply(states, batch.lengths, self.transport, call, self._step)
         states = self._stages[1].run(self._members[1], states, call)
-        return self.backbone.loss(states, batch)
+        return self.backbone.loss(states, batch, self._members[1].ends)
 
     @torch.no_grad()
     def hidden_states(self, batch: Batch, *, adapter: bool = True) -> Tensor:
@@ -168,7 +179,8 @@ class ClientModel:
             adapter: Whether the adapter takes part; without it these are the base model's states.
         """
         call = StageCall(adapter=adapter)
-        states = self._stages[0].run(self._members[0], self.backbone.embed(batch.input_ids), call)
+        states = self.backbone.embed(batch.input_ids, self._members[0].ends)
+        states = self._stages[0].run(self._members[0], states, call)
         if self.transport is not None:
             states = self.transport.forward(states, batch.lengths, call, keep_as=None)
         return self._stages[1].run(self._members[1], states, call)
@@ -176,7 +188,7 @@ class ClientModel:
     @torch.no_grad()
     def evaluation_loss(self, batch: Batch) -> Tensor:
         """Sum the loss over a batch's targets, without gradients or dropout."""
-        return self.backbone.loss(self.hidden_states(batch), batch)
+        return self.backbone.loss(self.hidden_states(batch), batch, self._members[1].ends)
 
     # -- token by token ---------------------------------------------------------------------------------------
 
@@ -194,7 +206,8 @@ class ClientModel:
     @torch.no_grad()
     def decode(self, input_ids: Tensor, call: StageCall, cache: GenerationCache) -> Tensor:
         """Run new tokens after what the caches hold: (B, T) -> (B, T, D), before the final norm."""
-        states = self._stages[0].run(self._members[0], self.backbone.embed(input_ids), call, cache.input)
+        states = self.backbone.embed(input_ids, self._members[0].ends)
+        states = self._stages[0].run(self._members[0], states, call, cache.input)
         if self.transport is not None and cache.middle is not None:
             states = self.transport.decode(states, call, cache.middle)
         return self._stages[1].run(self._members[1], states, call, cache.output)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,9 @@ def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
         return config.learning_rate * step / warmup
     if config.schedule == "constant":
         return config.learning_rate
+    if config.schedule == "cosine":
+        done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
     return config.learning_rate * max(0, total_steps - step) / max(1, total_steps - warmup)
 
 
@@ -72,8 +77,12 @@ class StageOptimizer:
     def _new_adam(self) -> torch.optim.AdamW | None:
         if not self.parameters:
             return None
+        groups: list[dict[str, Any]] = []
+        for factor, is_lora in ((1.0, True), (self.config.ends_rate, False)):
+            own = [parameter for name, parameter in self.parameters.items() if ("lora_" in name) == is_lora]
+            groups += [{"params": own, "factor": factor}] if own else []
         return torch.optim.AdamW(
-            self.parameters.values(), lr=self.config.learning_rate, weight_decay=self.config.weight_decay, foreach=False
+            groups, lr=self.config.learning_rate, weight_decay=self.config.weight_decay, foreach=False
         )
 
     def begin_round(self, total_steps: int, objective: LocalObjective, anchor: AdapterState | None) -> None:
@@ -127,7 +136,7 @@ class StageOptimizer:
         if self._adam is not None:
             rate = learning_rate(self.steps, self.total_steps, self.config)
             for group in self._adam.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["factor"]
             if scale != 1.0:
                 for parameter in self.parameters.values():
                     if parameter.grad is not None:

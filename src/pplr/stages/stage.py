@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pplr.backbones.adapters import AdapterSlots, AdapterState, check_adapter, inject_adapter
-from pplr.backbones.base import Backbone
+from pplr.backbones.base import Backbone, End
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.stages.optimizer import StageOptimizer
 
@@ -41,10 +41,12 @@ class Stage:
         backbone: Whose blocks.
         span: Which blocks, half-open like ``range``.
         config: LoRA's settings.
+        end: Which end of the model the stage is, when it is one; then what is trained there belongs to it.
     """
 
-    def __init__(self, backbone: Backbone, span: range, config: AdapterConfig) -> None:
+    def __init__(self, backbone: Backbone, span: range, config: AdapterConfig, end: End | None = None) -> None:
         self.span = span
+        self.end_shapes = {} if end is None else backbone.end_shapes(end)
         self.backbone = backbone
         self.blocks = backbone.blocks(span)
         self.slots: AdapterSlots = inject_adapter(self.blocks.layers, config, first_layer=span.start)
@@ -53,8 +55,8 @@ class Stage:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every LoRA tensor of this stage."""
-        return self.slots.shapes
+        """Shape of every trained tensor of this stage."""
+        return self.slots.shapes | self.end_shapes
 
     def stored_bytes(self) -> int:
         """Bytes of the frozen tensors of this stage."""
@@ -71,7 +73,7 @@ class Stage:
 
 
 class Member:
-    """One client's part of a stage: its LoRA tensors and their optimizer.
+    """One client's part of a stage: its trained tensors (LoRA, and those of its end) and their optimizer.
 
     Args:
         stage: The stage it belongs to.
@@ -85,6 +87,7 @@ class Member:
             name: nn.Parameter(initial[name].detach().to(device=device, dtype=torch.float32, copy=True))
             for name in stage.shapes
         }
+        self.ends = {name: self.parameters[name] for name in stage.end_shapes}
         self.optimizer = StageOptimizer(self.parameters, training)
 
     def adapter(self) -> AdapterState:

@@ -1,0 +1,254 @@
+"""An LLM that reads a history as one vector for each item, and at every position predicts the next item.
+
+An item's vector is what the base model itself makes of its text, so no item needs an id: a new one is ranked at once.
+A learned projection takes it into the first block, LoRA adapts the blocks, and two more projections take states and
+items into one space, where cosines rank the catalog.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pplr.backbones.base import Backbone, Batch, Blocks, End, register
+from pplr.backbones.causal_lm import CausalLM, DecoderBlocks
+from pplr.config import BackboneConfig, ItemVectorsConfig
+from pplr.data.interactions import Catalog
+from pplr.data.prompts import Sample, shown_title
+from pplr.errors import BackboneError, ConfigError, nearest
+from pplr.seeds import derive_seed
+from pplr.storage import sha256_bytes
+
+__all__ = ["EncodedHistory", "ItemVectors", "item_texts", "whiten"]
+
+_IN, _STATE, _ITEM = "item_in.weight", "item_out.state.weight", "item_out.item.weight"
+_RESIDUAL_IN, _RESIDUAL_OUT = "item_in.residual", "item_out.residual"
+_EIGENVALUE_FLOOR = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedHistory:
+    """Items in order of time, and from which place on each is a target."""
+
+    items: tuple[int, ...]
+    first_target: int
+
+
+def item_texts(catalog: Catalog, attributes: Sequence[str]) -> list[str]:
+    """Write each item as a text: its title, then the values of some columns.
+
+    Raises:
+        ConfigError: The catalog has no such column.
+    """
+    for name in attributes:
+        if name not in catalog.attributes:
+            known = list(catalog.attributes)
+            raise ConfigError(
+                f"backbone.item_vectors.attributes names {name!r}, which no item has",
+                cure=nearest(name, known) if known else "This catalog has titles alone.",
+            )
+    columns = [catalog.attributes[name] for name in attributes]
+    texts = []
+    for number, title in enumerate(catalog.titles):
+        values = [str(column[number]).replace("|", ", ") for column in columns if column[number]]
+        texts.append(". ".join([shown_title(title), *values]))
+    return texts
+
+
+def whiten(vectors: Tensor, how: Literal["none", "standardise", "zca"]) -> Tensor:
+    """Prepare the base model's vectors, whose dimensions differ in size and go together.
+
+    Args:
+        vectors: (N, D).
+        how: ``standardise`` gives every dimension mean 0 and standard deviation 1; ``zca`` also decorrelates them, with
+            directions of less than a thousandth of the mean variance left small.
+
+    Returns:
+        (N, D) float32.
+
+    Cites:
+        kessy2018whitening
+    """
+    centred = vectors.double() - vectors.double().mean(dim=0)
+    if how == "none" or len(vectors) < 2:
+        return vectors.float()
+    if how == "standardise":
+        return (centred / centred.std(dim=0).clamp(min=1e-6)).float()
+    values, directions = torch.linalg.eigh(centred.t() @ centred / (len(vectors) - 1))  # (D,), (D, D)
+    floor = max(float(values.mean()), 1e-12) * _EIGENVALUE_FLOOR
+    scale = (values.clamp(min=0) + floor).rsqrt()
+    return (centred @ ((directions * scale) @ directions.t())).float()
+
+
+@register
+class ItemVectors(Backbone):
+    """A decoder over item vectors.
+
+    Args:
+        text: The decoder, which also reads the items' texts.
+        config: Settings.
+
+    Cites:
+        chen2024hllm
+    """
+
+    name: ClassVar[str] = "item_vectors"
+    trains_on: ClassVar[Literal["target", "history"]] = "history"
+
+    def __init__(self, text: CausalLM, config: ItemVectorsConfig | None = None) -> None:
+        self.text = text
+        self.config = config or ItemVectorsConfig()
+        self.total_layers, self.hidden_size = text.total_layers, text.hidden_size
+        self.dtype, self.device = text.dtype, text.device
+        self._vectors: Tensor | None = None
+
+    @classmethod
+    def load(cls, config: BackboneConfig, notify: Callable[[str], None] = lambda _: None) -> ItemVectors:
+        """Load the decoder; see :meth:`CausalLM.load`."""
+        return cls(CausalLM.load(config, notify), config.item_vectors)
+
+    # -- the decoder's parts ----------------------------------------------------------------------------------
+
+    def blocks(self, span: range) -> DecoderBlocks:
+        """Build the blocks of a span; the frozen tensors are shared."""
+        return self.text.blocks(span)
+
+    def linear_shapes(self, block: int) -> dict[str, tuple[int, int]]:
+        """Say the (D_out, D_in) of every linear layer of a block."""
+        return self.text.linear_shapes(block)
+
+    def new_cache(self, blocks: Blocks) -> Any:
+        """Make an empty cache; no step of this backbone needs one."""
+        return self.text.new_cache(blocks)
+
+    def client_bytes(self) -> int:
+        """Bytes of embeddings, norm and head, with which the client reads the items' texts, and of the vectors."""
+        return self.text.client_bytes() + (0 if self._vectors is None else self._vectors.nbytes)
+
+    def fingerprint(self) -> str:
+        """Hash of the frozen decoder; a server that hosts its middle needs to know no more."""
+        return self.text.fingerprint()
+
+    # -- items ------------------------------------------------------------------------------------------------
+
+    def prepare(self, catalog: Catalog, read: Callable[[Sequence[str]], Tensor]) -> None:
+        """Read every item's text once, by the base model."""
+        vectors = read(item_texts(catalog, self.config.attributes))
+        self._vectors = whiten(vectors, self.config.whitening).to(self.device)
+
+    @property
+    def vectors(self) -> Tensor:
+        """The items' vectors: (N, D), float32.
+
+        Raises:
+            BackboneError: No catalog was taken in yet.
+        """
+        if self._vectors is None:
+            raise BackboneError("no catalog was read by this backbone", cure="Call prepare with the catalog first.")
+        return self._vectors
+
+    def end_shapes(self, end: End) -> dict[str, tuple[int, ...]]:
+        """Say the shapes of the projections, and of the residuals where there are any."""
+        width, items = self.config.width, 0 if self._vectors is None else len(self._vectors)
+        if end == "input":
+            shapes: dict[str, tuple[int, ...]] = {_IN: (self.hidden_size, self.hidden_size)}
+            residual: dict[str, tuple[int, ...]] = {_RESIDUAL_IN: (items, self.hidden_size)}
+        else:
+            shapes = {_STATE: (width, self.hidden_size), _ITEM: (width, self.hidden_size)}
+            residual = {_RESIDUAL_OUT: (items, width)}
+        return shapes if self.config.residuals == "none" else shapes | residual
+
+    def initial_end(self, name: str, shape: tuple[int, ...], source: torch.Generator) -> Tensor:
+        """Draw a projection; inputs start as large as token embeddings, residuals at zero."""
+        if name in (_RESIDUAL_IN, _RESIDUAL_OUT):
+            return torch.zeros(shape)
+        size = 1.0
+        if name == _IN:
+            table = self.text.model.model.embed_tokens.weight
+            size = float(table[:: max(1, len(table) // 1024)].float().std())
+        return torch.randn(shape, generator=source) * (size / math.sqrt(shape[1]))
+
+    @property
+    def private(self) -> frozenset[str]:
+        """The residuals, where they stay on the client."""
+        return frozenset({_RESIDUAL_IN, _RESIDUAL_OUT} if self.config.residuals == "client" else ())
+
+    # -- histories to batches ---------------------------------------------------------------------------------
+
+    def encode(self, samples: Sequence[Sample], catalog: Catalog, history_items: int) -> list[EncodedHistory]:
+        """Take the newest ``history_items`` items and the target; every item but the first may be a target."""
+        encoded = []
+        for sample in samples:
+            items = (*sample.history[-history_items:], sample.target)
+            encoded.append(EncodedHistory(items, 1 if sample.every else len(items) - 1))
+        return encoded
+
+    def length(self, encoded: EncodedHistory) -> int:
+        """Count items that enter the model; the last one is only a target."""
+        return len(encoded.items)
+
+    def collate(self, encoded: Sequence[EncodedHistory]) -> Batch:
+        """Pad on the right with item 0, which nothing sees: the decoder looks back only."""
+        longest = max(len(own.items) for own in encoded)
+        items = torch.zeros(len(encoded), longest, dtype=torch.long)
+        is_target = torch.zeros(len(encoded), longest, dtype=torch.bool)
+        for row, own in enumerate(encoded):
+            items[row, : len(own.items)] = torch.tensor(own.items)
+            is_target[row, own.first_target : len(own.items)] = True
+        lengths = torch.tensor([len(own.items) for own in encoded])
+        return Batch(items.to(self.device), lengths, is_target.to(self.device))
+
+    def pad(self, histories: Sequence[Sequence[int]]) -> Batch:
+        """Pad histories to rank after: no item is a target."""
+        return self.collate([EncodedHistory(tuple(own), len(own)) for own in histories])
+
+    # -- vectors to states, states to scores ------------------------------------------------------------------
+
+    def embed(self, input_ids: Tensor, ends: Mapping[str, Tensor]) -> Tensor:
+        """Project the vectors of items (B, T) into the model: (B, T, D)."""
+        states = F.linear(self.vectors[input_ids], ends[_IN])
+        if _RESIDUAL_IN in ends:
+            states = states + F.embedding(input_ids, ends[_RESIDUAL_IN])
+        return states.to(self.dtype)
+
+    def items(self, ends: Mapping[str, Tensor], chosen: Tensor | None = None) -> Tensor:
+        """Place items in the space of comparison: (M, width), each of length 1.
+
+        Args:
+            ends: What is trained at the output end.
+            chosen: (M,) item numbers; the whole catalog when absent.
+        """
+        vectors = self.vectors if chosen is None else self.vectors[chosen]
+        placed = F.linear(vectors, ends[_ITEM])
+        if _RESIDUAL_OUT in ends:
+            placed = placed + (ends[_RESIDUAL_OUT] if chosen is None else ends[_RESIDUAL_OUT][chosen])
+        return F.normalize(placed, dim=-1)
+
+    def queries(self, hidden_states: Tensor, ends: Mapping[str, Tensor]) -> Tensor:
+        """Place states in the space of comparison: (..., D) -> (..., width), each of length 1."""
+        return F.normalize(F.linear(self.text.final_states(hidden_states).float(), ends[_STATE]), dim=-1)
+
+    def loss(self, hidden_states: Tensor, batch: Batch, ends: Mapping[str, Tensor]) -> Tensor:
+        """Sum the cross-entropy of each target among the catalog, or among the negatives drawn for this batch."""
+        before = hidden_states[:, :-1][batch.is_target[:, 1:]]  # (M, D), the states that predict
+        labels = batch.input_ids[:, 1:][batch.is_target[:, 1:]]  # (M,)
+        chosen = self._compared(batch, labels) if torch.is_grad_enabled() else None
+        if chosen is not None:
+            labels = torch.searchsorted(chosen, labels)
+        scores = self.queries(before, ends) @ self.items(ends, chosen).t() / self.config.temperature
+        return F.cross_entropy(scores, labels, reduction="sum")
+
+    def _compared(self, batch: Batch, labels: Tensor) -> Tensor | None:
+        """Draw the items that targets are told apart from, with the targets among them, sorted."""
+        count, total = self.config.negatives, len(self.vectors)
+        if count is None or count >= total:
+            return None
+        seed = derive_seed(0, "negatives", sha256_bytes(batch.input_ids.cpu().numpy().tobytes()))
+        drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]
+        return torch.unique(torch.cat([labels, drawn.to(labels.device)]))

@@ -1,0 +1,205 @@
+"""A decoder that reads item vectors: cut as it is whole, and each part against a slow and plain truth."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pplr.backbones.item_vectors import ItemVectors, item_texts, whiten
+from pplr.config import AdapterConfig, ItemVectorsConfig, TrainingConfig
+from pplr.data.holdout import Holdout
+from pplr.data.interactions import Catalog
+from pplr.data.prompts import Case, Sample, training_histories
+from pplr.errors import BackboneError, ConfigError
+from pplr.recommend.matching import MatchingRanker
+from pplr.stages.cut import CutPlan
+from pplr.stages.model import CutModel
+from pplr.testing import BackboneContract, random_adapter, refuses, tiny_backbone, tiny_catalog, tiny_samples
+
+CONFIG = ItemVectorsConfig(width=8)
+
+
+def read(texts) -> torch.Tensor:
+    """Stand in for the base model: a vector that follows from the text."""
+    rows = [torch.randn(32, generator=torch.Generator().manual_seed(sum(text.encode()))) for text in texts]
+    return torch.stack(rows)
+
+
+def make(family: str = "llama", config: ItemVectorsConfig = CONFIG) -> ItemVectors:
+    backbone = ItemVectors(tiny_backbone(family), config)
+    backbone.prepare(tiny_catalog(), read)
+    return backbone
+
+
+def histories() -> list[Sample]:
+    return [Sample(sample.user, sample.history, sample.target, every=True) for sample in tiny_samples()]
+
+
+class TestItemVectorsOnLlama(BackboneContract):
+    def make(self) -> ItemVectors:
+        return make("llama")
+
+    def encoded(self, backbone):
+        return backbone.encode(histories(), tiny_catalog(), history_items=3)
+
+
+class TestItemVectorsOnQwen3(TestItemVectorsOnLlama):
+    def make(self) -> ItemVectors:
+        return make("qwen3")
+
+
+class TestItemVectorsWithResidualsAndNegatives(TestItemVectorsOnLlama):
+    def make(self) -> ItemVectors:
+        return make("llama", ItemVectorsConfig(width=8, residuals="mixed", negatives=3))
+
+    def test_padding_changes_nothing(self) -> None:
+        """Negatives are drawn for each batch while it trains; without gradients the whole catalog is compared."""
+        with torch.no_grad():
+            super().test_padding_changes_nothing()
+
+
+def client(backbone: ItemVectors, seed: int = 0):
+    cut = CutModel(backbone, CutPlan(1, 1, 4), AdapterConfig(rank=2), TrainingConfig())
+    return cut.client("one", random_adapter(cut.shapes, seed))
+
+
+def test_the_loss_is_that_of_plain_loops() -> None:
+    backbone = make()
+    model = client(backbone)
+    samples = backbone.encode(histories(), tiny_catalog(), 3)
+    batch = backbone.collate(samples)
+    ends = {
+        name.rsplit(".", 2)[-2]: tensor.double().detach() for name, tensor in model.adapter().items() if "item_" in name
+    }
+    states = backbone.text.final_states(model.hidden_states(batch)).double()
+    total = 0.0
+    for row, sample in enumerate(samples):
+        for place in range(1, len(sample.items)):
+            query = ends["state"] @ states[row, place - 1]
+            scores = []
+            for item in range(len(tiny_catalog())):
+                placed = ends["item"] @ backbone.vectors[item].double()
+                scores.append(float(query @ placed / query.norm() / placed.norm()) / backbone.config.temperature)
+            total += math.log(sum(math.exp(score) for score in scores)) - scores[sample.items[place]]
+    assert float(model.evaluation_loss(batch)) == pytest.approx(total, rel=1e-5)
+
+
+def test_a_position_sees_nothing_of_what_comes_after() -> None:
+    backbone = make()
+    model = client(backbone)
+    one, other = backbone.pad([(1, 2, 3, 4)]), backbone.pad([(1, 2, 7, 0)])
+    a, b = model.hidden_states(one), model.hidden_states(other)
+    assert torch.equal(a[:, :2], b[:, :2])
+    assert not torch.equal(a[:, 2:], b[:, 2:])
+
+
+def test_only_the_last_item_of_a_validation_sample_is_a_target() -> None:
+    backbone = make()
+    batch = backbone.collate(backbone.encode(tiny_samples(), tiny_catalog(), 3))
+    assert batch.targets == batch.samples
+    assert [row.nonzero().flatten().tolist() for row in batch.is_target] == [[n - 1] for n in batch.lengths.tolist()]
+
+
+def test_negatives_are_the_targets_and_as_many_others_as_asked_and_follow_from_the_batch() -> None:
+    backbone = make(config=ItemVectorsConfig(width=8, negatives=3))
+    batch = backbone.collate(backbone.encode(histories()[:1], tiny_catalog(), 3))
+    labels = batch.input_ids[:, 1:][batch.is_target[:, 1:]]
+    chosen = backbone._compared(batch, labels)
+    assert chosen is not None
+    assert chosen.tolist() == sorted(set(chosen.tolist()))
+    assert set(labels.tolist()) <= set(chosen.tolist())
+    assert 3 <= len(chosen) <= 3 + len(labels)
+    assert torch.equal(chosen, backbone._compared(batch, labels))
+    model = client(backbone)
+    trained = float(model.train_loss(batch, 0).detach())
+    states = model.hidden_states(batch)
+    scores = (
+        backbone.queries(states[:, :-1][batch.is_target[:, 1:]], model.output_end)
+        @ backbone.items(model.output_end, chosen).t()
+    )
+    places = [chosen.tolist().index(label) for label in labels.tolist()]
+    logs = (scores / backbone.config.temperature).log_softmax(-1)
+    told = -sum(float(logs[row, place].detach()) for row, place in enumerate(places))
+    assert trained == pytest.approx(told, rel=1e-4)
+
+
+@given(st.integers(3, 40), st.integers(2, 6), st.integers(0, 99))
+def test_whitening_makes_dimensions_alike(items: int, width: int, seed: int) -> None:
+    source = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(items, width, generator=source) @ torch.randn(width, width, generator=source) + 3
+    assert torch.equal(whiten(vectors, "none"), vectors)
+    standard = whiten(vectors, "standardise")
+    np.testing.assert_allclose(standard.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(standard.std(0), 1, atol=1e-3)
+    white = whiten(vectors, "zca")
+    spread = torch.linalg.eigvalsh(torch.cov(white.double().t()))
+    assert float(spread.max()) < 1 + 1e-5
+    if items > width:
+        before = torch.linalg.eigvalsh(torch.cov(vectors.double().t()))
+        large = before > 0.1 * before.mean()
+        assert float(spread.sort().values[-int(large.sum()) :].min()) > 0.98
+
+
+def test_texts_are_titles_and_then_what_is_asked_for() -> None:
+    catalog = Catalog(("a", "b"), ("Ash", 'The "Elm"'), {"genre": ("tree|tall", "")})
+    assert item_texts(catalog, ()) == ["Ash", "The 'Elm'"]
+    assert item_texts(catalog, ("genre",)) == ["Ash. tree, tall", "The 'Elm'"]
+    with refuses(ConfigError, "Did you mean 'genre'?"):
+        item_texts(catalog, ("genres",))
+
+
+def test_without_a_catalog_nothing_is_read() -> None:
+    with refuses(BackboneError, "no catalog"):
+        _ = ItemVectors(tiny_backbone()).vectors
+
+
+def test_what_is_private_follows_from_the_residuals() -> None:
+    assert make(config=ItemVectorsConfig(width=8)).private == frozenset()
+    assert make(config=ItemVectorsConfig(width=8, residuals="mixed")).private == frozenset()
+    private = make(config=ItemVectorsConfig(width=8, residuals="client"))
+    shapes = private.end_shapes("input") | private.end_shapes("output")
+    assert private.private == {name for name in shapes if "residual" in name}
+    start = private.initial_end("item_in.residual", (8, 32), torch.Generator())
+    assert not start.any()
+
+
+def test_a_new_item_is_ranked_from_its_text_alone_and_changes_nothing_for_the_others() -> None:
+    grown = tiny_catalog()
+    grown = Catalog((*grown.item_ids, "t8"), (*grown.titles, "Larch"))
+    scores = []
+    for catalog in (tiny_catalog(), grown):
+        backbone = ItemVectors(tiny_backbone(), ItemVectorsConfig(width=8, whitening="none"))
+        backbone.prepare(catalog, read)
+        ranker = MatchingRanker(client(backbone), history_items=3)
+        scores.append(ranker.scores([Case(0, (0, 1, 2, 3), (4,), (0,)), Case(1, (5,), (4,), (5,))]))
+    assert scores[1].shape == (2, 9)
+    np.testing.assert_allclose(scores[1][:, :8], scores[0], rtol=1e-5)
+    assert np.isfinite(scores[1]).all()
+
+
+def test_ranking_is_the_cosine_with_the_last_state_of_the_newest_items() -> None:
+    backbone = make()
+    model = client(backbone)
+    ranker = MatchingRanker(model, history_items=2)
+    told = ranker.scores([Case(0, (0, 1, 2), (4,), (0,)), Case(1, (5,), (4,), (5,))])
+    for row, history in enumerate([(1, 2), (5,)]):
+        state = model.hidden_states(backbone.pad([history]))[0, len(history) - 1]
+        query, items = backbone.queries(state, model.output_end), backbone.items(model.output_end)
+        np.testing.assert_allclose(told[row], (items @ query).detach().numpy(), rtol=1e-4, atol=1e-6)
+
+
+@given(st.lists(st.integers(0, 17), min_size=1, max_size=5), st.integers(1, 6))
+def test_windows_make_every_item_but_the_first_a_target_once(lengths: list[int], size: int) -> None:
+    train = tuple(np.arange(100 * user, 100 * user + length) for user, length in enumerate(lengths))
+    empty = tuple(np.arange(0) for _ in lengths)
+    samples = training_histories(Holdout(train, empty, empty, "test"), range(len(lengths)), size)
+    for user, items in enumerate(train):
+        own = [sample for sample in samples if sample.user == user]
+        targets = [item for sample in own for item in (*sample.history[1:], sample.target)]
+        assert targets == items.tolist()[1:]
+        assert all(1 <= len(sample.history) <= size and sample.every for sample in own)
