@@ -18,7 +18,13 @@ LAYERS = {"smollm2-135m": 30}
 
 
 def test_the_promised_configurations_are_there() -> None:
-    assert {"quickstart.yaml", "movielens_pplr.yaml", "games_pplr.yaml"} <= {path.name for path in CONFIGS}
+    assert {
+        "quickstart.yaml",
+        "movielens_pplr.yaml",
+        "games_pplr.yaml",
+        "movielens_item_vectors.yaml",
+        "games_item_vectors.yaml",
+    } <= {path.name for path in CONFIGS}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -27,8 +33,9 @@ def test_a_shipped_configuration_is_valid_and_names_what_exists(path: Path) -> N
     assert config.data.source in sources()
     assert make_method(config.federation).name == config.federation.method
     assert set(config.evaluation.floors) <= set(floor_names())
-    plan = CutPlan.make(config.cut, LAYERS[config.backbone.model])
-    assert len(plan.input) + len(plan.middle) + len(plan.output) == 30
+    blocks = config.backbone.keep_blocks or LAYERS[config.backbone.model]
+    plan = CutPlan.make(config.cut, blocks)
+    assert len(plan.input) + len(plan.middle) + len(plan.output) == blocks <= LAYERS[config.backbone.model]
     assert load_config(path) == Config.model_validate(config.model_dump(mode="json"))
 
 
@@ -45,6 +52,7 @@ def test_a_shipped_configuration_trains_when_its_data_and_model_are_made_small(
             f"data.path={data_folder}",
             "data.partition={by: column, column: region, min_users: 1}",
             f"backbone.model={model_folder}",
+            "backbone.keep_blocks=null",
             "cut={input_layers: 1, output_layers: 1}",
             "federation.clients=3",
             "federation.rounds=1",

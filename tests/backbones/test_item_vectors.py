@@ -64,7 +64,7 @@ class TestItemVectorsWithResidualsAndNegatives(TestItemVectorsOnLlama):
 
 
 def client(backbone: ItemVectors, seed: int = 0):
-    cut = CutModel(backbone, CutPlan(1, 1, 4), AdapterConfig(rank=2), TrainingConfig())
+    cut = CutModel(backbone, CutPlan(1, 1, 4), AdapterConfig(rank=2, dropout=0.0), TrainingConfig())
     return cut.client("one", random_adapter(cut.shapes, seed))
 
 

@@ -190,7 +190,7 @@ class GrpcTransport:
         return {
             name: tensor
             for name, tensor in state.items()
-            if (found := _BLOCK.search(name)) is None or int(found[1]) in self._middle
+            if name == "steps" or ((found := _BLOCK.search(name)) is not None and int(found[1]) in self._middle)
         }
 
     def gradient_norm_squared(self) -> float:
