@@ -66,6 +66,16 @@ def backbone_of(config: Config) -> Backbone:
     return load_backbone(config.backbone, print)
 
 
+def at_least(name: str, against: str, ratio: float, bound: float) -> dict[str, Any]:
+    """Make a row whose ratio should not be lower."""
+    return {"name": name, "against": against, "ratio": ratio, "at_least": bound, "met": ratio >= bound}
+
+
+def at_most(name: str, against: str, ratio: float, bound: float) -> dict[str, Any]:
+    """Make a row whose ratio should not be higher."""
+    return {"name": name, "against": against, "ratio": ratio, "at_most": bound, "met": ratio <= bound}
+
+
 def write_result(name: str, content: dict[str, Any]) -> None:
     """Write one benchmark's result, with the machine it was taken on."""
     RESULTS.mkdir(exist_ok=True)

@@ -32,6 +32,7 @@ def write_summary() -> None:
         machine = content["machine"]
         where = f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}"
         detail = [f"Measured on {where}, transformers {machine['transformers']}, peft {machine['peft']}."]
+        detail += [f"- {note}" for note in content.get("notes", [])]
         for name, rate in content.get("samples_per_second", {}).items():
             detail.append(
                 f"- {name}: median {rate['median']:.2f} samples/s, {rate['lowest']:.2f} to {rate['highest']:.2f} "
