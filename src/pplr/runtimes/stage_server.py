@@ -133,6 +133,10 @@ class StageServer:
             options=[
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", 2 << 20),
+                (
+                    "grpc.http2.min_ping_interval_without_data_ms",
+                    30_000,
+                ),  # clients ask every minute whether it is there
                 ("grpc.max_concurrent_streams", self.limits.concurrent_calls),  # of one connection; more wait there
             ],
         )
