@@ -157,6 +157,7 @@ class Deployment:
 
 @contextmanager
 def deployment(cut: Any) -> Iterator[Deployment]:
-    """Make one in a folder that is gone in the end."""
+    """Make one in a folder that is gone in the end, and its processes with it, on SIGTERM too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory() as folder:
         yield Deployment(Path(folder), cut)

@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, default=1000)
     parser.add_argument("--first", type=int, default=50)
     parser.add_argument("--server-dtype", default="float32", help="of the sessions' base")
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], help="of the clients' bases")
     parser.add_argument("--only", choices=("client", "server"))
     arguments = parser.parse_args()
     use_all_cores()
@@ -141,7 +142,7 @@ def main() -> None:
     server: dict[str, Any] = {}
     with deployment(quickstart().cut) as place:
         if arguments.only != "server":
-            for dtype in ("bfloat16", "float32"):
+            for dtype in arguments.dtype:
                 clients[dtype] = client_memory(place, dtype, arguments.batch_size, arguments.steps, baselines)
         if arguments.only != "client":
             server = server_memory(place, arguments.sessions, arguments.first, arguments.server_dtype)
