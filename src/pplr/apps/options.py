@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from pplr.runtimes.address import StageServerAt
 
-__all__ = ["ConfigPath", "KitPath", "RunDir", "Settings", "StageServer", "stage_server_at"]
+__all__ = ["ConfigPath", "KitPath", "RunDir", "Settings", "StageServer", "stage_server_at", "wait_passively"]
 
 ConfigPath = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A YAML file; all defaults when absent.")]
 Settings = Annotated[
@@ -37,6 +38,14 @@ KitPath = Annotated[
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")]
 
 
+def wait_passively() -> None:
+    """Let idle compute threads sleep instead of spin, so that processes that share cores leave them to each other.
+
+    To be called before torch is imported; whoever set it otherwise is left alone.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def stage_server_at(address: str | None, kit: Path | None) -> StageServerAt | None:
     """Put the two options together; an address without a kit is refused, since nobody gets in without one."""
     if kit is None:
@@ -45,6 +54,7 @@ def stage_server_at(address: str | None, kit: Path | None) -> StageServerAt | No
                 "it needs --kit DIR, the startup kit of `pplr enroll client`", param_hint="--stage-server"
             )
         return None
+    wait_passively()
     from pplr.runtimes.address import StageServerAt
 
     return StageServerAt(kit, address)
