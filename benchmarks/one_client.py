@@ -8,13 +8,10 @@ It reads a settings file, prints a line of JSON for each thing it did, and takes
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported, as the commands do
 
 import torch
 from torch import Tensor

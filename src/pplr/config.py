@@ -177,8 +177,7 @@ class BackboneConfig(_Section):
     """Where the model runs: `cpu`, `cuda`, `cuda:1`, ..."""
 
     keep_blocks: int | None = Field(default=None, ge=1)
-    """Use the model's first blocks alone; all when absent. For `item_vectors`, a few blocks of a language model read
-    items about as well as all of them, and train several times as fast."""
+    """Use the model's first blocks alone, which train faster; all when absent."""
 
     max_tokens: int = Field(default=512, ge=16)
     """Longest prompt with its answer; the oldest items of a history give way, a title is never cut in two."""

@@ -10,7 +10,9 @@
     │   └── UnsupportedModelError   a model family that pplr has not verified
     ├── CutError               a cut that does not fit the model
     ├── TransportError         what happens between the two sides of the cut
+    │   ├── LimitError         what is over the limits that a stage server grants
     │   ├── ServerLostError    a stage server that does not answer any more, or knows the session no more
+    │   ├── UnknownSessionError  a session that is not, or no longer, the caller's
     │   └── WireError          a message that is malformed or over a limit
     ├── AdapterError           an adapter that does not fit, or is not finite
     ├── FederationError        a server round that cannot be carried out
@@ -38,6 +40,7 @@ __all__ = [
     "DataError",
     "FederationError",
     "IdentityError",
+    "LimitError",
     "PartitionError",
     "PplrError",
     "RunError",
@@ -46,6 +49,7 @@ __all__ = [
     "StorageError",
     "TransportError",
     "UnknownItemError",
+    "UnknownSessionError",
     "UnsupportedModelError",
     "WireError",
     "nearest",
@@ -107,6 +111,14 @@ class CutError(PplrError):
 
 class TransportError(PplrError):
     """What went wrong between the two sides of the cut."""
+
+
+class LimitError(TransportError):
+    """What was asked of a stage server is over what it grants."""
+
+
+class UnknownSessionError(TransportError):
+    """A session that is not, or no longer, the caller's."""
 
 
 class ServerLostError(TransportError):

@@ -52,7 +52,7 @@ def test_the_page_leads_from_nothing_to_two_clients(tmp_path: Path) -> None:
         "HF_HUB_OFFLINE": "1",
     }
     here = {"stage.example.org:8443": "localhost:PORT", "stage.example.org": "localhost", "smollm2-135m": "whole"}
-    here |= {"0.0.0.0:8443": "localhost:0", "127.0.0.1:9464": "127.0.0.1:0", "bfloat16": "bfloat16"}
+    here |= {"0.0.0.0:8443": "localhost:0", "127.0.0.1:9464": "127.0.0.1:0"}
     commands = [line for block in re.findall(r"```sh\n(.*?)```", page, re.S) for line in block.splitlines()]
     assert len(commands) >= 14
     server, address = None, ""

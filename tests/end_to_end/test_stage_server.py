@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 import pplr
 from pplr.backbones.adapters import natural_order
 from pplr.backbones.bundles import write_bundles
-from pplr.config import Config, load_config
+from pplr.config import Config
 from pplr.federation.aggregation import mix
 from pplr.federation.methods import make_method
 from pplr.federation.methods.base import RoundView
@@ -216,9 +216,10 @@ def test_one_command_trains_evaluates_and_recommends_through_the_server_as_in_on
     done = pplr_command("train", "trees.yaml", "--run-dir", "run", *server)
     assert done.returncode == 0, done.stderr
     for name in CUTS:
-        for file in ("adapter_model.safetensors",):
-            ours, theirs = ((folder / "clients" / name / file) for folder in (tmp_path / "run", reference))
-            assert same(load_file(ours), load_file(theirs)), name
+        ours, theirs = (
+            folder / "clients" / name / "adapter_model.safetensors" for folder in (tmp_path / "run", reference)
+        )
+        assert same(load_file(ours), load_file(theirs)), name
     metrics, expected = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "run", reference))
     for part in ("overall", "clients", "spread", "floors", "cut"):
         assert metrics[part] == expected[part]
@@ -229,8 +230,6 @@ def test_one_command_trains_evaluates_and_recommends_through_the_server_as_in_on
     asked = ("recommend", "run", "--client", "1", "--history", "Ash; Elm")
     remote = pplr_command(*asked, *server)
     assert remote.returncode == 0, remote.stderr
-    local = load_config(reference / "config.yaml")
-    assert local == config
     found = pplr.open_run(reference).recommend(client="1", history=["Ash", "Elm"])
     rows = [line.split() for line in remote.stdout.splitlines() if line.split() and line.split()[0].isdigit()]
     assert [row[-1] for row in rows] == [own.item_id for own in found]

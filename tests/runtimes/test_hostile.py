@@ -147,7 +147,7 @@ def remains(server: StageServer, client: str) -> tuple[dict[str, Any], dict[str,
         own = session.owner.tenant
         told[own] = (
             session.number, session.sequence, session.reply, session.wire, session.in_round, dict(session.kept),
-            dict(session.kept_tokens), {n: (c.tokens, c.lengths) for n, c in session.caches.items()},
+            session.kept_tokens, {n: (c.tokens, c.lengths) for n, c in session.caches.items()},
             sorted(tenancy.kept), sorted(tenancy.caches), session.settings,
         )  # fmt: skip
         found = dict(session.state())

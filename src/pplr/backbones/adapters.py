@@ -38,6 +38,7 @@ __all__ = [
     "check_adapter",
     "initial_adapter",
     "inject_adapter",
+    "is_lora",
     "load_adapter",
     "natural_order",
     "save_adapter",
@@ -48,6 +49,16 @@ AdapterState = dict[str, Tensor]
 
 _PREFIX = "base_model.model."
 _ENDS = "ends.safetensors"
+
+
+def is_lora(name: str) -> bool:
+    """Tell a LoRA factor from what is trained outside the blocks.
+
+    Example:
+        >>> is_lora("layers.9.q_proj.lora_A.weight"), is_lora("item_in.weight")
+        (True, False)
+    """
+    return ".lora_" in name
 
 
 def natural_order(names: Iterable[str]) -> list[str]:
@@ -269,7 +280,7 @@ def save_adapter(state: AdapterState, folder: Path, config: AdapterConfig, model
     ).to_dict()
     lora = {key: sorted(value) if isinstance(value, set) else value for key, value in lora.items()}
     tensors = {name: state[name].detach().contiguous().cpu() for name in natural_order(state)}
-    factors = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
+    factors = {name: tensor for name, tensor in tensors.items() if is_lora(name)}
     write_atomic(folder / "adapter_model.safetensors", save(factors, metadata={"format": "pt"}))
     if ends := {name: tensor for name, tensor in tensors.items() if name not in factors}:
         write_atomic(folder / _ENDS, save(ends, metadata={"format": "pt"}))

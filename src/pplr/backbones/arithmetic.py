@@ -1,9 +1,10 @@
 """Products of bfloat16 matrices, where the processor has no instructions for them.
 
-Processors without AVX-512 or its like multiply bfloat16 matrices ten to seventy times slower than float32 ones. There
-the factors are widened for the product and the result is rounded back: the same numbers up to the order of additions,
-since bfloat16 products are summed in float32 everywhere. What is stored stays bfloat16, and so does what passes from
-block to block, so machines of both kinds work in one federation.
+Processors without AVX-512 or its like multiply bfloat16 matrices many times slower than float32 ones
+(``python -m benchmarks.bfloat16`` says how many). There the factors are widened for the product and the result is
+rounded back: the same numbers up to the order of additions, since bfloat16 products are summed in float32 everywhere.
+What is stored stays bfloat16, and so does what passes from block to block, so machines of both kinds work in one
+federation.
 """
 
 from __future__ import annotations

@@ -142,6 +142,11 @@ class Backbone(ABC):
     def collate(self, encoded: Sequence[Any]) -> Batch:
         """Pad encoded samples to a batch."""
 
+    @property
+    def text(self) -> Backbone:
+        """The backbone by which the base model reads text: this one, or the one that this one is built on."""
+        return self
+
     def prepare(self, catalog: Catalog, read: Callable[[Sequence[str]], Tensor]) -> None:  # noqa: B027
         """Take in a catalog before anything is encoded; nothing by default.
 

@@ -102,7 +102,7 @@ class ItemVectors(Backbone):
     trains_on: ClassVar[Literal["target", "history"]] = "history"
 
     def __init__(self, text: CausalLM, config: ItemVectorsConfig | None = None) -> None:
-        self.text = text
+        self._text = text
         self.config = config or ItemVectorsConfig()
         self.total_layers, self.hidden_size = text.total_layers, text.hidden_size
         self.dtype, self.device = text.dtype, text.device
@@ -112,6 +112,11 @@ class ItemVectors(Backbone):
     def load(cls, config: BackboneConfig, notify: Callable[[str], None] = lambda _: None) -> ItemVectors:
         """Load the decoder; see :meth:`CausalLM.load`."""
         return cls(CausalLM.load(config, notify), config.item_vectors)
+
+    @property
+    def text(self) -> CausalLM:
+        """The decoder over tokens."""
+        return self._text
 
     # -- the decoder's parts ----------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pplr.backbones.adapters import AdapterState
+from pplr.backbones.adapters import AdapterState, is_lora
 from pplr.errors import FederationError
 
 __all__ = ["AVERAGINGS", "SIMILARITIES", "mix", "mixing_weights", "similarity"]
@@ -43,10 +43,7 @@ def _gram_of_updates(adapters: Sequence[AdapterState], initial: AdapterState) ->
 
 def _gram_of_products(adapters: Sequence[AdapterState], initial: AdapterState) -> Matrix:
     """⟨B_i A_i, B_j A_j⟩ = Σ (B_iᵀ B_j) ∘ (A_i A_jᵀ), from R x R matrices; BA is never formed."""
-    gram = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
-    for name in _outside_blocks(initial):
-        rows = _stacked(adapters, name)
-        gram += (rows @ rows.T).cpu()
+    gram = torch.from_numpy(_gram_of_adapters(adapters, _outside_blocks(initial)))
     for a_name, b_name in _pairs(initial):
         a = torch.stack([state[a_name] for state in adapters]).double()  # (C, R, D_in)
         b = torch.stack([state[b_name] for state in adapters]).double()  # (C, D_out, R)
@@ -66,9 +63,9 @@ def _pairs(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
             yield name, name.replace(".lora_A.", ".lora_B.")
 
 
-def _outside_blocks(state: Mapping[str, Tensor]) -> list[str]:
-    """Name what is no LoRA factor: tensors that stand for themselves."""
-    return [name for name in state if ".lora_" not in name]
+def _outside_blocks(state: AdapterState) -> AdapterState:
+    """Pick what is no LoRA factor: tensors that stand for themselves."""
+    return {name: tensor for name, tensor in state.items() if not is_lora(name)}
 
 
 def similarity(adapters: Sequence[AdapterState], initial: AdapterState, *, of: str = "adapters") -> Matrix:
@@ -161,11 +158,10 @@ def mix(
             ({} if mixed_a is None else {a_name: mixed_a[i].float()}) | {b_name: mixed_b[i].float()}
             for i in range(count)
         ]
-    for name in _outside_blocks(adapters[0]):
+    for name, tensor in _outside_blocks(adapters[0]).items():
         rows = _stacked(adapters, name)  # (C, P)
         mixed = torch.from_numpy(np.ascontiguousarray(weights)).to(rows) @ rows
-        shape = adapters[0][name].shape
-        yield [{name: mixed[i].float().view(shape)} for i in range(count)]
+        yield [{name: mixed[i].float().view(tensor.shape)} for i in range(count)]
 
 
 def _mix_factors(a: Tensor, b: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -156,8 +156,7 @@ class Assembly:
         self.plan = CutPlan.make(config.cut, self.backbone.total_layers)
         self._connections = self._connect(stage_server)
         self._models: dict[CutPlan, CutModel] = {}
-        if isinstance(self.backbone, ItemVectors):
-            self.backbone.prepare(self.data.dataset.catalog, self._read_texts)
+        self.backbone.prepare(self.data.dataset.catalog, self._read_texts)
         self.model = self._model(self.plan)
         self.initial: AdapterState = self.model.initial_adapter(config.run.seed)
 
@@ -237,9 +236,7 @@ class Assembly:
             self.model.dismiss("title embeddings")
 
     def _read_texts(self, texts: Sequence[str]) -> Tensor:
-        """Read texts by the base model of a backbone that reads items, through a client of no data."""
-        if not isinstance(self.backbone, ItemVectors):
-            raise TypeError(f"{self.backbone.name} reads no items")
+        """Read texts by the base model, through a client of no data."""
         text = self.backbone.text
         connect = None if self._connections is None else self._connections.connector(text, self.config)
         model = CutModel(text, self.plan, self.config.adapter, self.config.training, connect=connect)

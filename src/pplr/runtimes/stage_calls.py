@@ -14,12 +14,12 @@ from google.protobuf.message import Message
 from torch import Tensor
 
 from pplr.config import AdapterConfig, TrainingConfig
-from pplr.errors import TransportError, WireError
+from pplr.errors import LimitError, TransportError, WireError
 from pplr.runtimes import codec
 from pplr.runtimes import stage_pb2 as pb
 from pplr.runtimes.codec import Limits, Wire
 from pplr.runtimes.stage_state import Owner
-from pplr.runtimes.stage_tenancies import CacheState, LimitError, Session, Settings, Tenancies, check_optimizer
+from pplr.runtimes.stage_tenancies import CacheState, Session, Settings, Tenancies, check_optimizer
 from pplr.stages.cut import CutPlan
 from pplr.stages.optimizer import LocalObjective
 from pplr.stages.stage import StageCall
@@ -136,7 +136,7 @@ class SessionCalls:
                     "too many forward passes wait for a backward pass", cure="Send their gradients, or discard them."
                 )
             others = self._tenancies.of(session.owner.client)
-            waiting = sum(sum(other.kept_tokens.values()) for other in others)
+            waiting = sum(other.kept_tokens for other in others)
             _check_tokens(waiting + tokens, self._limits.max_kept_tokens, "wait for a backward pass")
         call = StageCall(
             dropout_seed=request.dropout_seed if request.has_dropout_seed else None, adapter=request.adapter
@@ -150,7 +150,6 @@ class SessionCalls:
             raise
         if request.keep:
             session.kept[request.step] = tuple(lengths.tolist())
-            session.kept_tokens[request.step] = tokens
         return reply
 
     def _backward(self, session: Session, request: Any) -> Any:
@@ -165,7 +164,6 @@ class SessionCalls:
             session.let_go()
             raise
         session.kept.pop(request.step, None)
-        session.kept_tokens.pop(request.step, None)
         return reply
 
     def _discard(self, session: Session, request: Any) -> Any:

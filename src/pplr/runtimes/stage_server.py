@@ -28,9 +28,11 @@ from pplr.errors import (
     BackboneError,
     CutError,
     IdentityError,
+    LimitError,
     PplrError,
     RunError,
     TransportError,
+    UnknownSessionError,
     WireError,
 )
 from pplr.runtimes import stage_pb2 as pb
@@ -40,7 +42,7 @@ from pplr.runtimes.identity import Identity, ServerIdentity, identity_of
 from pplr.runtimes.stage_calls import OperatorCalls, SessionCalls
 from pplr.runtimes.stage_metrics import StageMetrics
 from pplr.runtimes.stage_state import StateStore
-from pplr.runtimes.stage_tenancies import LimitError, ServerLimits, Session, Tenancies, UnknownSessionError
+from pplr.runtimes.stage_tenancies import ServerLimits, Session, Tenancies
 from pplr.runtimes.turns import Turns
 
 __all__ = ["ServerLimits", "StageServer"]
@@ -58,6 +60,8 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
 )
 _TIDY_S = 5.0
 _SMALL_BYTES = 1 << 16
+_PING_MS = 30_000
+"""How often a client may ask whether the server is there; it does so every minute."""
 
 
 class _RefusedError(Exception):
@@ -133,10 +137,7 @@ class StageServer:
             options=[
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", 2 << 20),
-                (
-                    "grpc.http2.min_ping_interval_without_data_ms",
-                    30_000,
-                ),  # clients ask every minute whether it is there
+                ("grpc.http2.min_ping_interval_without_data_ms", _PING_MS),
                 ("grpc.max_concurrent_streams", self.limits.concurrent_calls),  # of one connection; more wait there
             ],
         )
@@ -215,10 +216,6 @@ class StageServer:
                     troubles.append(error)
         if troubles:
             raise troubles[0]
-
-    def wait(self) -> None:
-        """Block until the server stops."""
-        self._server.wait_for_termination()
 
     def _tidy(self) -> None:
         every = min(_TIDY_S, self.limits.cache_ttl_s / 2)

@@ -6,6 +6,7 @@ process's use of a tenancy; a newer session takes the place of an older one.
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 import time
@@ -19,7 +20,7 @@ from torch import Tensor
 from pplr.backbones.adapters import adapter_shapes, check_adapter
 from pplr.backbones.base import Backbone
 from pplr.config import AdapterConfig, TrainingConfig
-from pplr.errors import PplrError, TransportError
+from pplr.errors import LimitError, PplrError, TransportError, UnknownSessionError
 from pplr.runtimes.codec import Wire
 from pplr.runtimes.stage_state import Owner, StateStore
 from pplr.stages.cut import CutPlan
@@ -38,14 +39,6 @@ __all__ = [
 
 _ADAM = 4  # a float32 number has a gradient and two moments beside it
 _MOMENTS = ("exp_avg.", "exp_avg_sq.", "step.")
-
-
-class LimitError(TransportError):
-    """What was asked is over what this server grants."""
-
-
-class UnknownSessionError(TransportError):
-    """A session that is not, or no longer, the caller's."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +129,12 @@ class Session:
     used: float = field(default_factory=time.monotonic)
     lock: threading.Lock = field(default_factory=threading.Lock)
     kept: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    kept_tokens: dict[int, int] = field(default_factory=dict)
     caches: dict[int, CacheState] = field(default_factory=dict)
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens, with padding, whose activations wait: each pass is padded to its longest row."""
+        return sum(len(lengths) * max(lengths) for lengths in self.kept.values())
 
     @property
     def name(self) -> str:
@@ -148,7 +145,6 @@ class Session:
         """Let go of kept passes and open caches."""
         self.host.discard(self.name)
         self.kept.clear()
-        self.kept_tokens.clear()
         self.caches.clear()
 
     def close_cache(self, cache: int) -> None:
@@ -275,7 +271,7 @@ class Tenancies:
                 f"an adapter of rank {settings.adapter.rank}, at most {width} is granted", cure="Lower adapter.rank."
             )
         shapes = adapter_shapes(self.backbone, settings.plan.middle, settings.adapter)
-        held = _ADAM * 4 * sum(a * b for a, b in shapes.values()) + sum(_bytes(session) for session in others)
+        held = _bytes(shapes) + sum(_bytes(session.host.stage.shapes) for session in others)
         if held > self.limits.max_tenancy_bytes:
             raise LimitError(
                 f"adapters and optimizers of {held} bytes, at most {self.limits.max_tenancy_bytes} are granted",
@@ -392,5 +388,6 @@ def _put_back(session: Session, tensors: Mapping[str, Tensor]) -> None:
     session.host.restore_optimizer(session.name, optimizer)
 
 
-def _bytes(session: Session) -> int:
-    return _ADAM * 4 * sum(a * b for a, b in session.host.stage.shapes.values())
+def _bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Count the bytes of an adapter in float32, with its gradient and both moments."""
+    return _ADAM * 4 * sum(map(math.prod, shapes.values()))
