@@ -20,7 +20,7 @@ from pplr.backbones.base import Backbone, Batch, load_backbone
 from pplr.backbones.causal_lm import EncodedSample
 from pplr.config import Config, load_config
 from pplr.runtimes.connections import Connections
-from pplr.runtimes.memory import peak_rss_bytes
+from pplr.runtimes.memory import hand_back_large_blocks, peak_rss_bytes
 from pplr.stages.cut import CutPlan
 from pplr.stages.model import ClientModel, CutModel
 
@@ -63,9 +63,8 @@ def one_step(client: ClientModel, batch: Batch, seed: int = 1) -> float:
 def activation_bytes(client: ClientModel, batch: Batch) -> dict[str, int]:
     """Count what a training step of this batch keeps in this process for its backward pass.
 
-    Kept: every storage, once, that autograd saved in the client's stages and in the loss, but for the model's own
-    tensors and the adapter. Logits: (M, V) in float32, M the answer tokens, once; the loss keeps their log-softmax,
-    which is among what is kept.
+    Kept: every storage, once, that autograd saved in the client's stages, but for the model's own tensors and the
+    adapter. Logits: (M, V) in float32, M the answer tokens, once, as if they were all computed at a time.
     """
     own = {p.untyped_storage().data_ptr() for p in client.backbone.model.parameters() if not p.is_meta}
     own |= {p.untyped_storage().data_ptr() for member in client._members for p in member.parameters.values()}
@@ -77,8 +76,10 @@ def activation_bytes(client: ClientModel, batch: Batch) -> dict[str, int]:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    client.backbone.loss = lambda states, *_: states.sum()  # type: ignore[method-assign]
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         loss = client.train_loss(batch, 1)
+    del client.backbone.loss
     (loss / batch.targets).backward()
     client.optimizer_step(1.0)
     logits = batch.targets * client.backbone.model.config.vocab_size * 4
@@ -107,6 +108,8 @@ def main(settings_path: str) -> None:
     """Load, connect, train ``warmup`` batches, then follow orders: ``run SECONDS``, ``count``, and an end."""
     told = json.loads(Path(settings_path).read_text(encoding="utf-8"))
     torch.set_num_threads(told["threads"])
+    if told["address"]:
+        hand_back_large_blocks()  # as every command with --kit
     config = load_config(CONFIG, told["overrides"])
     imported = peak_rss_bytes()
     backbone = load_backbone(config.backbone)

@@ -236,6 +236,9 @@ class TrainingConfig(_Section):
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Samples in memory at once; gradients add up over a batch. The whole batch when absent."""
 
+    recompute: bool = False
+    """Run a client's own blocks again in the backward pass rather than keep their activations: slower, smaller."""
+
     local_epochs: int = Field(default=1, ge=1)
     """Passes over a client's own samples in each server round."""
 

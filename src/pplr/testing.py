@@ -235,6 +235,25 @@ class BackboneContract:
             assert _train(cut, batches) == expected, plan
             assert _same(cut.adapter(), model.adapter()), plan
 
+    def test_recomputing_changes_no_bit(self) -> None:
+        """Blocks that run again in the backward pass give the same losses and adapters, though clients alternate."""
+        backbone = self.make()
+        batches = [backbone.collate(self.encoded(backbone)[:4])]
+        plan = CutPlan(1, 1, backbone.total_layers)
+        lean = CutModel(backbone, plan, self.adapter, self.training.model_copy(update={"recompute": True}))
+        start, other = random_adapter(lean.shapes), random_adapter(lean.shapes, seed=1)
+        expected = self.cut(backbone, plan).client("plain", start)
+        losses = _train(expected, batches)
+        model, another = lean.client("one", start), lean.client("another", other)
+        model.begin_round(2)
+        loss = model.train_loss(batches[0], 0)
+        another.hidden_states(batches[0])  # binds its adapter to the blocks, and turns dropout off
+        (loss / batches[0].targets).backward()
+        model.optimizer_step(0.5)
+        model.end_round()
+        assert [float(loss.detach())] == losses
+        assert _same(model.adapter(), expected.adapter())
+
     def test_padding_changes_nothing(self) -> None:
         """A batch's loss is the sum of its samples' losses, each run alone."""
         backbone = self.make()

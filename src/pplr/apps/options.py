@@ -56,5 +56,8 @@ def stage_server_at(address: str | None, kit: Path | None) -> StageServerAt | No
         return None
     wait_passively()
     from pplr.runtimes.address import StageServerAt
+    from pplr.runtimes.memory import hand_back_large_blocks
+
+    hand_back_large_blocks()
 
     return StageServerAt(kit, address)

@@ -83,22 +83,21 @@ class SeededDropout(nn.Module):
     def __init__(self, probability: float) -> None:
         super().__init__()
         self.probability = probability
-        self.generator: torch.Generator | None = None
+        self.seed: int | None = None
+        self._generator: torch.Generator | None = None
 
-    def reseed(self, seed: int | None, device: torch.device) -> None:
-        """Set the seed of the next mask; ``None`` lets everything through."""
-        if seed is None:
-            self.generator = None
-            return
-        if self.generator is None or self.generator.device != device:
-            self.generator = torch.Generator(device)
-        self.generator.manual_seed(seed)
+    def reseed(self, seed: int | None) -> None:
+        """Set the seed of the mask until the next call; ``None`` lets everything through."""
+        self.seed = seed
 
     def forward(self, x: Tensor) -> Tensor:
-        """Drop inputs of any shape; what stays is scaled by 1 / (1 - probability)."""
-        if self.generator is None or self.probability == 0:
+        """Drop inputs of any shape; what stays is scaled by 1 / (1 - probability). Run again, it drops the same."""
+        if self.seed is None or self.probability == 0:
             return x
-        keep = torch.empty_like(x).bernoulli_(1 - self.probability, generator=self.generator)
+        if self._generator is None or self._generator.device != x.device:
+            self._generator = torch.Generator(x.device)
+        self._generator.manual_seed(self.seed)
+        keep = torch.empty_like(x).bernoulli_(1 - self.probability, generator=self._generator)
         return x * keep.div_(1 - self.probability)
 
 
@@ -173,8 +172,7 @@ class AdapterSlots:
         for name, layer in self._layers.items():
             dropout = layer.lora_dropout["default"]
             if isinstance(dropout, SeededDropout):
-                device = layer.lora_A["default"].weight.device
-                dropout.reseed(None if seed is None else derive_seed(seed, name), device)
+                dropout.reseed(None if seed is None else derive_seed(seed, name))
 
 
 def inject_adapter(layers: nn.ModuleList, config: AdapterConfig, *, first_layer: int) -> AdapterSlots:

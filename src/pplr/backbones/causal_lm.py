@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +19,7 @@ from pplr.backbones.attention import ATTENTION
 from pplr.backbones.base import Backbone, Batch, Blocks, register
 from pplr.backbones.bundles import is_bundle, read_bundle
 from pplr.backbones.loading import load_pretrained
+from pplr.backbones.losses import head_loss
 from pplr.config import BackboneConfig, PromptConfig
 from pplr.data.interactions import Catalog
 from pplr.data.prompts import PromptTemplate, Sample
@@ -308,7 +308,7 @@ class CausalLM(Backbone):
         """Sum the cross-entropy over answer tokens; the head runs only where one is predicted."""
         before = hidden_states[:, :-1][batch.is_target[:, 1:]]  # (M, D), the states that predict answer tokens
         labels = batch.input_ids[:, 1:][batch.is_target[:, 1:]]  # (M,)
-        return F.cross_entropy(self.logits(before).float(), labels, reduction="sum")
+        return head_loss(self.model.lm_head, self.final_states(before), labels)
 
     def read_answer(self, tokens: Sequence[int]) -> str:
         """Read a generated answer as a title: its first line, without the quotes around it."""

@@ -49,8 +49,8 @@ class CutModel:
         self.backbone = backbone
         self.plan = plan
         self.training = training
-        self.input = Stage(backbone, plan.input, adapter, "input")
-        self.output = Stage(backbone, plan.output, adapter, "output")
+        self.input = Stage(backbone, plan.input, adapter, "input", recompute=training.recompute)
+        self.output = Stage(backbone, plan.output, adapter, "output", recompute=training.recompute)
         self.host: StageHost | None = None
         self._transports: dict[str, Transport] = {}
         self._connect = None if plan.is_whole else connect

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pplr.backbones.adapters import AdapterSlots, AdapterState, check_adapter, inject_adapter
 from pplr.backbones.base import Backbone, End
@@ -42,15 +44,25 @@ class Stage:
         span: Which blocks, half-open like ``range``.
         config: LoRA's settings.
         end: Which end of the model the stage is, when it is one; then what is trained there belongs to it.
+        recompute: Whether training runs each block again in the backward pass rather than keep its activations.
     """
 
-    def __init__(self, backbone: Backbone, span: range, config: AdapterConfig, end: End | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        span: range,
+        config: AdapterConfig,
+        end: End | None = None,
+        *,
+        recompute: bool = False,
+    ) -> None:
         self.span = span
         self.end_shapes = {} if end is None else backbone.end_shapes(end)
         self.backbone = backbone
         self.blocks = backbone.blocks(span)
         self.slots: AdapterSlots = inject_adapter(self.blocks.layers, config, first_layer=span.start)
         self.blocks.to(backbone.device)
+        self.recompute = recompute
         self._bound: Member | None = None
 
     @property
@@ -64,12 +76,37 @@ class Stage:
 
     def run(self, member: Member, hidden_states: Tensor, call: StageCall, cache: Any = None) -> Tensor:
         """Run the blocks with one member's adapter: (B, T, D) -> (B, T, D)."""
+        self._prepare(member, call)
+        with self._recomputing(member, call) if self.recompute and cache is None else nullcontext():
+            return self.blocks(hidden_states, call.attention_mask, call.position_ids, cache)
+
+    def _prepare(self, member: Member, call: StageCall) -> None:
         if self._bound is not member:
             self.slots.bind(member.parameters)
             self._bound = member
         self.slots.enable(call.adapter)
         self.slots.reseed(call.dropout_seed)
-        return self.blocks(hidden_states, call.attention_mask, call.position_ids, cache)
+
+    @contextmanager
+    def _recomputing(self, member: Member, call: StageCall) -> Iterator[None]:
+        """Let transformers' blocks checkpoint themselves; a block that runs again finds what it ran with at first."""
+
+        def run(block: Callable[..., Any], *inputs: Any) -> Any:
+            def prepared(*inputs: Any) -> Any:
+                self._prepare(member, call)
+                return block(*inputs)
+
+            return checkpoint(prepared, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+        layers: list[Any] = list(self.blocks.layers)
+        for layer in layers:
+            layer._gradient_checkpointing_func = run
+            layer.gradient_checkpointing = layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.gradient_checkpointing = layer.training = False
 
 
 class Member:

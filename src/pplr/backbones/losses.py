@@ -1,0 +1,62 @@
+"""Losses that keep less than their plain form would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["head_loss"]
+
+_ROWS = 64
+"""States whose logits are in memory at once."""
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The loss a few rows at a time; of each only the gradient of its state is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor) -> Tensor:
+        total = torch.zeros((), device=states.device)
+        gradient = torch.empty_like(states)
+        for start in range(0, len(states), _ROWS):
+            rows = slice(start, start + _ROWS)
+            with torch.enable_grad():
+                part = states[rows].detach().requires_grad_(True)
+                loss = F.cross_entropy(head(part).float(), labels[rows], reduction="sum")
+            (gradient[rows],) = torch.autograd.grad(loss, part)
+            total += loss.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0], None, None
+
+
+def head_loss(head: Callable[[Tensor], Tensor], states: Tensor, labels: Tensor) -> Tensor:
+    """Sum the cross-entropy of a frozen head's logits, without ever holding all of them.
+
+    The logits of a large vocabulary outweigh everything else that a short answer keeps. Since the head is frozen,
+    the gradient of a state follows at once from its own logits, which are then let go (as in Liger's fused linear
+    cross-entropy, arXiv 2410.10989).
+
+    Args:
+        head: Maps (M, D) to (M, V), row by row; its own tensors get no gradient.
+        states: (M, D).
+        labels: (M,), each below V.
+
+    Returns:
+        A scalar in float32.
+    """
+    if torch.is_grad_enabled() and states.requires_grad:
+        return _HeadLoss.apply(states, head, labels)
+    parts = [
+        F.cross_entropy(head(states[start : start + _ROWS]).float(), labels[start : start + _ROWS], reduction="sum")
+        for start in range(0, len(states), _ROWS)
+    ]
+    return torch.stack(parts).sum() if parts else states.new_zeros((), dtype=torch.float32)
