@@ -20,7 +20,7 @@ from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample
 from pplr.errors import ConfigError, nearest
 
-__all__ = ["BACKBONES", "Backbone", "Batch", "Blocks", "End", "load_backbone", "register"]
+__all__ = ["BACKBONES", "Backbone", "Batch", "Blocks", "End", "MatchingBackbone", "load_backbone", "register"]
 
 End = Literal["input", "output"]
 """One of the two ends of a model, both of which the client holds."""
@@ -194,6 +194,31 @@ class Backbone(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Hash of the frozen base, for caches of what is computed from it."""
+
+
+class MatchingBackbone(Backbone):
+    """A backbone that ranks by cosines: one of its states stands for a history, and is matched with every item."""
+
+    @abstractmethod
+    def pad(self, histories: Sequence[Sequence[int]]) -> Batch:
+        """Pad histories of item numbers, oldest first, to a batch without targets."""
+
+    def query_positions(self, batch: Batch) -> Tensor:
+        """Say which position's state stands for each history: (B,). The last by default, as decoders look back."""
+        return batch.lengths - 1
+
+    @abstractmethod
+    def queries(self, hidden_states: Tensor, ends: Mapping[str, Tensor]) -> Tensor:
+        """Place last-block states in the space of comparison: (..., D) -> (..., width), each of length 1."""
+
+    @abstractmethod
+    def items(self, ends: Mapping[str, Tensor], chosen: Tensor | None = None) -> Tensor:
+        """Place items in the space of comparison: (M, width), each of length 1.
+
+        Args:
+            ends: What is trained at the output end.
+            chosen: (M,) item numbers; the whole catalog when absent.
+        """
 
 
 BackboneT = TypeVar("BackboneT", bound=Backbone)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pplr.backbones.base import Backbone, Batch, Blocks, End, register
+from pplr.backbones.base import Batch, Blocks, End, MatchingBackbone, register
 from pplr.backbones.causal_lm import CausalLM, DecoderBlocks
 from pplr.config import BackboneConfig, ItemVectorsConfig
 from pplr.data.interactions import Catalog
@@ -87,7 +87,7 @@ def whiten(vectors: Tensor, how: Literal["none", "standardise", "zca"]) -> Tenso
 
 
 @register
-class ItemVectors(Backbone):
+class ItemVectors(MatchingBackbone):
     """A decoder over item vectors.
 
     Args:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pplr.backbones.item_vectors import ItemVectors
+from pplr.backbones.base import MatchingBackbone
 from pplr.data.prompts import Case
 from pplr.stages.model import ClientModel
 
@@ -19,13 +19,13 @@ class MatchingRanker:
     """Ranks the full catalog for a user by one client's model.
 
     Args:
-        model: The client's model, with an ``item_vectors`` backbone.
+        model: The client's model, with a backbone that matches.
         history_items: Most items of a history that are read.
     """
 
     def __init__(self, model: ClientModel, *, history_items: int) -> None:
-        if not isinstance(model.backbone, ItemVectors):
-            raise TypeError(f"only item_vectors match, not {type(model.backbone).__name__}")
+        if not isinstance(model.backbone, MatchingBackbone):
+            raise TypeError(f"this backbone matches no items: {type(model.backbone).__name__}")
         self._model, self._backbone, self._history_items = model, model.backbone, history_items
 
     @torch.no_grad()
@@ -33,7 +33,7 @@ class MatchingRanker:
         """Score every item for every case by its cosine: (B, N), higher is better."""
         batch = self._backbone.pad([case.history[-self._history_items :] for case in cases])
         states = self._model.hidden_states(batch)  # (B, T, D)
-        last = states[torch.arange(len(cases)), batch.lengths - 1]  # (B, D)
+        last = states[torch.arange(len(cases)), self._backbone.query_positions(batch)]  # (B, D)
         ends = self._model.output_end
         scored = self._backbone.queries(last, ends) @ self._backbone.items(ends).t()
         return np.asarray(scored.cpu().numpy(), dtype=np.float32)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from pplr.backbones.adapters import AdapterState
-from pplr.backbones.base import BACKBONES, Backbone, load_backbone
-from pplr.backbones.item_vectors import ItemVectors
+from pplr.backbones.base import BACKBONES, Backbone, MatchingBackbone, load_backbone
 from pplr.config import Config
 from pplr.data.holdout import Holdout, make_holdout
 from pplr.data.interactions import Dataset
@@ -249,7 +248,7 @@ class Assembly:
 
     def ranker(self, model: ClientModel) -> Ranker:
         """Make the ranker of one client's model."""
-        if isinstance(self.backbone, ItemVectors):
+        if isinstance(self.backbone, MatchingBackbone):
             return MatchingRanker(model, history_items=self.config.data.history_items)
         return GenerativeRanker(model, self.space, self.config.evaluation, history_items=self.config.data.history_items)
 

@@ -1,0 +1,115 @@
+"""SASRec of RecTools, in an environment of its own: it reads histories and writes scores, and knows nothing of pplr.
+
+    python rectools_sasrec.py HISTORIES.json SCORES.npz
+
+HISTORIES.json: ``items`` N, ``train`` U histories, ``validation`` U targets or null, ``test_histories`` by user,
+``settings`` (keyword arguments of SASRecModel), ``seeds``, ``check_every`` epochs, ``patience`` checks,
+``most_epochs``. The settings and the number of epochs are those of the best validation NDCG@10 with the first seed;
+the other seeds train with the same settings and stop by the same rule.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+warnings.filterwarnings("ignore")
+logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+from pytorch_lightning import Trainer, seed_everything  # noqa: E402
+from rectools import Columns  # noqa: E402
+from rectools.dataset import Dataset  # noqa: E402
+from rectools.models import SASRecModel  # noqa: E402
+
+
+def dataset(histories: dict[int, list[int]]) -> Dataset:
+    """Make RecTools' dataset of histories, oldest first."""
+    rows = [(user, item, 1.0, place) for user, own in histories.items() for place, item in enumerate(own)]
+    frame = pd.DataFrame(rows, columns=[Columns.User, Columns.Item, Columns.Weight, Columns.Datetime])
+    frame[Columns.Datetime] = pd.to_datetime(frame[Columns.Datetime], unit="s")
+    return Dataset.construct(frame)
+
+
+def scores(model: SASRecModel, histories: dict[int, list[int]], items: int) -> np.ndarray:
+    """Score every item after every history: (len(histories), items); items it never trained on come last."""
+    told = model.recommend(list(histories), dataset(histories), k=items, filter_viewed=False)
+    rows = {user: row for row, user in enumerate(histories)}
+    out = np.full((len(histories), items), -1e9, dtype=np.float32)
+    out[told[Columns.User].map(rows), told[Columns.Item]] = told[Columns.Score]
+    return out
+
+
+def ndcg(table: np.ndarray, histories: dict[int, list[int]], targets: dict[int, int]) -> float:
+    """NDCG@10 of one target each, among all items that the history does not hold."""
+    gains = []
+    for row, (user, own) in zip(table, histories.items(), strict=True):
+        row[own] = -np.inf
+        rank = int((row > row[targets[user]]).sum()) + 1
+        gains.append(1 / math.log2(rank + 1) if rank <= 10 else 0.0)
+    return float(np.mean(gains))
+
+
+def trainer() -> Trainer:
+    """Make a quiet trainer; how many epochs it trains is said later."""
+    return Trainer(
+        max_epochs=1, enable_progress_bar=False, enable_model_summary=False, logger=False, enable_checkpointing=False,
+        accelerator="cpu",
+    )  # fmt: skip
+
+
+def without_scores(best: dict) -> dict:
+    """Leave out the one part that is no summary."""
+    return {key: value for key, value in best.items() if key != "scores"}
+
+
+def fit(told: dict, settings: dict, seed: int, test: dict[int, list[int]]) -> dict:
+    """Train until validation no longer improves; keep the test scores of the best check."""
+    seed_everything(seed, verbose=False)
+    train = {user: own for user, own in enumerate(told["train"]) if own}
+    targets = {user: target for user, target in enumerate(told["validation"]) if target is not None and train.get(user)}
+    histories = {user: train[user] for user in targets}
+    model = SASRecModel(**settings, get_trainer_func=trainer)
+    data, best, epochs, started = dataset(train), {"ndcg": -1.0}, 0, time.monotonic()
+    while epochs < told["most_epochs"]:
+        model.fit_partial(data, min_epochs=told["check_every"], max_epochs=told["check_every"])
+        epochs += told["check_every"]
+        reached = ndcg(scores(model, histories, told["items"]), histories, targets)
+        if reached > best["ndcg"]:
+            best = {"ndcg": reached, "epochs": epochs, "scores": scores(model, test, told["items"])}
+        elif epochs - best["epochs"] >= told["patience"] * told["check_every"]:
+            break
+    best["seconds"] = time.monotonic() - started
+    print(json.dumps({"settings": settings, "seed": seed, **without_scores(best)}), flush=True)
+    return best
+
+
+def main(source: str, out: str) -> None:
+    """Choose settings by the first seed, then train with every seed."""
+    told = json.loads(Path(source).read_text(encoding="utf-8"))
+    test = {int(user): own for user, own in told["test_histories"].items()}
+    tried = [fit(told, settings, told["seeds"][0], test) for settings in told["settings"]]
+    chosen = max(range(len(tried)), key=lambda number: tried[number]["ndcg"])
+    fitted = [tried[chosen], *(fit(told, told["settings"][chosen], seed, test) for seed in told["seeds"][1:])]
+    summary = {
+        "chosen": told["settings"][chosen],
+        "tried": [{"settings": s, **without_scores(t)} for s, t in zip(told["settings"], tried, strict=True)],
+        "runs": [without_scores(own) for own in fitted],
+    }
+    np.savez(
+        out,
+        summary=json.dumps(summary),
+        **{f"seed_{s}": own["scores"] for s, own in zip(told["seeds"], fitted, strict=True)},
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,136 @@
+"""SASRec, an id-based sequential model, beside the floors, on a configuration's own holdout.
+
+RecTools trains it, in an environment of its own (``.venv-rectools``), since it wants an older numpy. pplr's evaluation
+measures it, as it measures everything else. What comes out goes to ``results/``.
+
+    python -m benchmarks.sasrec configs/movielens_item_vectors.yaml --name sasrec-movielens-100k
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.measuring import machine
+from pplr.config import load_config
+from pplr.data.prompts import Case
+from pplr.recommend.evaluation import evaluate
+from pplr.recommend.floors import fit_floor
+from pplr.runtimes.assembly import load_run_data
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = ROOT / ".venv-rectools"
+REQUIREMENTS = ("rectools[torch]==0.19.0",)
+WIDTHS, DROPOUTS, LENGTHS = (64, 128), (0.2, 0.4), (50, 200)
+
+
+class Scored:
+    """Ranks by scores that were computed elsewhere.
+
+    Args:
+        table: (U, N), a row for each user.
+        users: The user of each row.
+    """
+
+    def __init__(self, table: NDArray[np.float32], users: Sequence[int]) -> None:
+        self._table = table
+        self._rows = {user: row for row, user in enumerate(users)}
+
+    def scores(self, cases: Sequence[Case]) -> NDArray[np.float32]:
+        """Look up: (B, N)."""
+        return self._table[[self._rows[case.user] for case in cases]]
+
+
+def environment() -> str:
+    """Make the environment if it is missing; return its python."""
+    python = ENVIRONMENT / "bin" / "python"
+    if not (ENVIRONMENT / "made").exists():
+        print(f"making {ENVIRONMENT.name} with {', '.join(REQUIREMENTS)}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
+        torch = f"torch=={version('torch').split('+')[0]}"
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", torch, *REQUIREMENTS], check=True)
+        (ENVIRONMENT / "made").touch()
+    return str(python)
+
+
+def main() -> None:
+    """Train, measure and write ``results/NAME.json``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--set", nargs="*", default=[], dest="overrides")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--check-every", type=int, default=5, help="epochs between two looks at validation")
+    parser.add_argument("--patience", type=int, default=3, help="looks without a better one")
+    parser.add_argument("--most-epochs", type=int, default=150)
+    parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS)
+    parser.add_argument("--dropouts", nargs="+", type=float, default=DROPOUTS)
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
+    arguments = parser.parse_args()
+    python = environment()
+    config = load_config(arguments.config, arguments.overrides)
+    data = load_run_data(config)
+    items = len(data.dataset.catalog)
+    cases = [case for own in data.test.values() for case in own]
+    told: dict[str, Any] = {
+        "items": items,
+        "train": [own.tolist() for own in data.holdout.train],
+        "validation": [int(own[0]) if len(own) else None for own in data.holdout.validation],
+        "test_histories": {case.user: list(case.seen) for case in cases},
+        "settings": [
+            {"n_factors": w, "dropout_rate": d, "session_max_len": n, "n_blocks": 2, "n_heads": 2, "loss": "softmax"}
+            for w, d, n in itertools.product(arguments.widths, arguments.dropouts, arguments.lengths)
+        ],
+        "seeds": arguments.seeds,
+        "check_every": arguments.check_every,
+        "patience": arguments.patience,
+        "most_epochs": arguments.most_epochs,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        source, out = Path(folder) / "histories.json", Path(folder) / "scores.npz"
+        source.write_text(json.dumps(told), encoding="utf-8")
+        command = [python, str(Path(__file__).with_name("rectools_sasrec.py")), str(source), str(out)]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": ""})
+        with np.load(out) as tables:
+            summary = json.loads(str(tables["summary"]))
+            rankers = {
+                f"sasrec, seed {s}": Scored(tables[f"seed_{s}"], [c.user for c in cases]) for s in arguments.seeds
+            }
+    measured: dict[str, Any] = dict(rankers)
+    for name in config.evaluation.floors:
+        measured[name] = fit_floor(name, data.holdout, items, config.run.seed)
+    evaluations = {
+        name: evaluate(ranker, data.test, config.evaluation.cutoffs, config.evaluation.batch_size)
+        for name, ranker in measured.items()
+    }
+    result = {
+        "machine": machine(),
+        "holdout_sha256": data.holdout.sha256,
+        "users": len(cases),
+        "requirements": REQUIREMENTS,
+        "sasrec": summary,
+        "overall": {name: own.overall() for name, own in evaluations.items()},
+    }
+    path = ROOT / "results" / f"{arguments.name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for name, own in evaluations.items():
+        figures = ", ".join(f"{key} {value:.4f}" for key, value in own.overall().items() if value is not None)
+        print(f"{name}: {figures}")
+    print(f"wrote results/{path.name}")
+
+
+if __name__ == "__main__":
+    main()
