@@ -33,7 +33,7 @@ from pplr.runtimes.assembly import load_run_data
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = ROOT / ".venv-rectools"
 REQUIREMENTS = ("rectools[torch]==0.19.0",)
-WIDTHS, DROPOUTS, LENGTHS = (64, 128), (0.2, 0.4), (50, 200)
+WIDTHS, DROPOUTS, LENGTHS = (64, 128), (0.2, 0.5), (50, 200)
 
 
 class Scored:
@@ -90,7 +90,15 @@ def main() -> None:
         "validation": [int(own[0]) if len(own) else None for own in data.holdout.validation],
         "test_histories": {case.user: list(case.seen) for case in cases},
         "settings": [
-            {"n_factors": w, "dropout_rate": d, "session_max_len": n, "n_blocks": 2, "n_heads": 2, "loss": "softmax"}
+            {
+                "n_factors": w,
+                "dropout_rate": d,
+                "session_max_len": n,
+                "n_blocks": 2,
+                "n_heads": 2,
+                "loss": "softmax",
+                "batch_size": 32,
+            }
             for w, d, n in itertools.product(arguments.widths, arguments.dropouts, arguments.lengths)
         ],
         "seeds": arguments.seeds,
