@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,5 +82,8 @@ def write_result(name: str, content: dict[str, Any]) -> None:
     """Write one benchmark's result, with the machine it was taken on."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), **content}, indent=2) + "\n", encoding="utf-8")
+    command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
+    path.write_text(
+        json.dumps({"command": command, "machine": machine(), **content}, indent=2) + "\n", encoding="utf-8"
+    )
     print(f"wrote benchmarks/results/{path.name}")

@@ -43,9 +43,8 @@ def write_summary() -> None:
                 f"- {content['clients']} clients: {content['added_bytes'] / 1e6:.1f} MB added, "
                 f"{content['adapter_and_optimizer_bytes'] / 1e6:.1f} MB of adapters and optimizer states"
             )
-        sections.append(
-            f"## {path.stem}\n\n`python -m benchmarks.{path.stem}`\n\n" + "\n".join(table) + "\n\n" + "\n".join(detail)
-        )
+        command = content.get("command", f"python -m benchmarks.{path.stem}")
+        sections.append(f"## {path.stem}\n\n`{command}`\n\n" + "\n".join(table) + "\n\n" + "\n".join(detail))
     (RESULTS / "summary.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     head = (
         "# Benchmarks\n\nWritten by `make bench` from `benchmarks/results/*.json`. "
