@@ -39,7 +39,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def head_loss(head: Callable[[Tensor], Tensor], states: Tensor, labels: Tensor) -> Tensor:
-    """Sum the cross-entropy of a frozen head's logits, without ever holding all of them.
+    """Sum the cross-entropy of a frozen head's logits, without holding those of more than 64 states.
 
     The logits of a large vocabulary outweigh everything else that a short answer keeps. Since the head is frozen,
     the gradient of a state follows at once from its own logits, which are then let go (as in Liger's fused linear
@@ -53,10 +53,12 @@ def head_loss(head: Callable[[Tensor], Tensor], states: Tensor, labels: Tensor) 
     Returns:
         A scalar in float32.
     """
+    if len(states) <= _ROWS:
+        return F.cross_entropy(head(states).float(), labels, reduction="sum")
     if torch.is_grad_enabled() and states.requires_grad:
         return _HeadLoss.apply(states, head, labels)
     parts = [
         F.cross_entropy(head(states[start : start + _ROWS]).float(), labels[start : start + _ROWS], reduction="sum")
         for start in range(0, len(states), _ROWS)
     ]
-    return torch.stack(parts).sum() if parts else states.new_zeros((), dtype=torch.float32)
+    return torch.stack(parts).sum()
