@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -87,3 +88,21 @@ def write_result(name: str, content: dict[str, Any]) -> None:
         json.dumps({"command": command, "machine": machine(), **content}, indent=2) + "\n", encoding="utf-8"
     )
     print(f"wrote benchmarks/results/{path.name}")
+
+
+def quality_parser(description: str | None) -> argparse.ArgumentParser:
+    """Make the arguments that every measurement of recommendations takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--set", nargs="*", default=[], dest="overrides")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    return parser
+
+
+def write_quality(name: str, content: dict[str, Any]) -> None:
+    """Write what recommendations were worth to ``results/NAME.json``."""
+    path = RESULTS.parent.parent / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote results/{path.name}")

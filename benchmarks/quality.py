@@ -6,14 +6,13 @@ python -m benchmarks.quality configs/movielens_item_vectors.yaml --name item-vec
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring import machine
+from benchmarks.measuring import quality_parser, write_quality
 
 ROOT = Path(__file__).parent.parent
 KEPT = ("method", "backbone", "cut", "overall", "spread", "floors", "seconds", "samples_per_second")
@@ -36,19 +35,11 @@ def train(config: Path, overrides: list[str], seed: int, folder: Path) -> dict[s
 
 def main() -> None:
     """Train every seed and write ``results/NAME.json``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--name", required=True)
-    parser.add_argument("--set", nargs="*", default=[], dest="overrides")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    arguments = parser.parse_args()
+    arguments = quality_parser(__doc__).parse_args()
     folders = {seed: ROOT / "runs" / f"{arguments.name}-{seed}" for seed in arguments.seeds}
     runs = [train(arguments.config, arguments.overrides, seed, folder) for seed, folder in folders.items()]
-    result = {"machine": machine(), "config": str(arguments.config), "set": arguments.overrides, "runs": runs}
-    path = ROOT / "results" / f"{arguments.name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote results/{path.name}")
+    result = {"config": str(arguments.config), "set": arguments.overrides, "runs": runs}
+    write_quality(arguments.name, result)
 
 
 if __name__ == "__main__":

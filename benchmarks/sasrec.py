@@ -8,7 +8,6 @@ measures it, as it measures everything else. What comes out goes to ``results/``
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.measuring import machine
+from benchmarks.measuring import quality_parser, write_quality
 from pplr.config import load_config
 from pplr.data.prompts import Case
 from pplr.recommend.evaluation import evaluate
@@ -67,11 +66,7 @@ def environment() -> str:
 
 def main() -> None:
     """Train, measure and write ``results/NAME.json``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--name", required=True)
-    parser.add_argument("--set", nargs="*", default=[], dest="overrides")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser = quality_parser(__doc__)
     parser.add_argument("--check-every", type=int, default=5, help="epochs between two looks at validation")
     parser.add_argument("--patience", type=int, default=3, help="looks without a better one")
     parser.add_argument("--most-epochs", type=int, default=150)
@@ -124,20 +119,16 @@ def main() -> None:
         for name, ranker in measured.items()
     }
     result = {
-        "machine": machine(),
         "holdout_sha256": data.holdout.sha256,
         "users": len(cases),
         "requirements": REQUIREMENTS,
         "sasrec": summary,
         "overall": {name: own.overall() for name, own in evaluations.items()},
     }
-    path = ROOT / "results" / f"{arguments.name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_quality(arguments.name, result)
     for name, own in evaluations.items():
         figures = ", ".join(f"{key} {value:.4f}" for key, value in own.overall().items() if value is not None)
         print(f"{name}: {figures}")
-    print(f"wrote results/{path.name}")
 
 
 if __name__ == "__main__":
