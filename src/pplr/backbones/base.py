@@ -20,7 +20,7 @@ from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample
 from pplr.errors import ConfigError, nearest
 
-__all__ = ["BACKBONES", "Backbone", "Batch", "Blocks", "End", "MatchingBackbone", "load_backbone", "register"]
+__all__ = ["BACKBONES", "Backbone", "Batch", "Blocks", "End", "MatchingBackbone", "backbone_kind", "load_backbone", "register"]
 
 End = Literal["input", "output"]
 """One of the two ends of a model, both of which the client holds."""
@@ -232,6 +232,20 @@ def register(backbone: type[BackboneT]) -> type[BackboneT]:
     return backbone
 
 
+def backbone_kind(name: str) -> type[Backbone]:
+    """Find a registered backbone.
+
+    Raises:
+        ConfigError: No backbone has that name.
+    """
+    from pplr.backbones import causal_lm, item_vectors  # noqa: F401  (they register themselves)
+
+    try:
+        return BACKBONES[name]
+    except KeyError:
+        raise ConfigError(f"no backbone is called {name!r}", cure=nearest(name, BACKBONES)) from None
+
+
 def load_backbone(config: BackboneConfig, notify: Callable[[str], None] = lambda _: None) -> Backbone:
     """Load the backbone that a configuration names.
 
@@ -239,10 +253,4 @@ def load_backbone(config: BackboneConfig, notify: Callable[[str], None] = lambda
         ConfigError: No backbone has that name.
         BackboneError: The model cannot be loaded.
     """
-    from pplr.backbones import causal_lm, item_vectors  # noqa: F401  (they register themselves)
-
-    try:
-        kind = BACKBONES[config.name]
-    except KeyError:
-        raise ConfigError(f"no backbone is called {config.name!r}", cure=nearest(config.name, BACKBONES)) from None
-    return kind.load(config, notify)
+    return backbone_kind(config.name).load(config, notify)

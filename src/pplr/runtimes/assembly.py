@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pplr.backbones.adapters import AdapterState
-from pplr.backbones.base import BACKBONES, Backbone, MatchingBackbone, load_backbone
+from pplr.backbones.base import Backbone, MatchingBackbone, backbone_kind, load_backbone
 from pplr.config import Config
 from pplr.data.holdout import Holdout, make_holdout
 from pplr.data.interactions import Dataset
@@ -91,8 +91,8 @@ def load_run_data(config: Config, notify: Callable[[str], None] = lambda _: None
     holdout = make_holdout(dataset, config.data.holdout)
     seed, items = config.run.seed, config.data.history_items
     partition = make_partition(dataset, holdout, config.data.partition, config.federation.clients, seed)
-    kind = BACKBONES.get(config.backbone.name)
-    make = training_histories if kind is not None and kind.trains_on == "history" else training_samples
+    whole = backbone_kind(config.backbone.name).trains_on == "history"
+    make = training_histories if whole else training_samples
     every = [make(holdout, users.tolist(), items) for users in partition.users]
     samples = draw_samples(every, config.training.samples, seed)
     for name, own in zip(partition.names, samples, strict=True):
