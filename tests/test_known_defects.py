@@ -1,7 +1,4 @@
-"""Defects known from other implementations of the method, each with a test that fails where the defect is.
-
-RecFormer's (its validation input holds its labels) comes with that backbone.
-"""
+"""Defects known from other implementations of the method, each with a test that fails where the defect is."""
 
 from __future__ import annotations
 
@@ -21,6 +18,7 @@ from pplr.recommend.training import evaluation_loss, train_locally
 from pplr.runtimes.assembly import Assembly, load_run_data
 from pplr.runtimes.in_process import train
 from pplr.runtimes.run import open_run
+from pplr.testing import tiny_encoder
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 A, B = f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"
@@ -230,3 +228,24 @@ def test_samples_of_a_client_stay_its_own(assembly):
         assert {sample.user for sample in own} <= users
         assert client.encoded == assembly.backbone.encode(own, assembly.data.dataset.catalog, 10)
         assert all(isinstance(sample, Sample) for sample in own)
+
+
+def test_validation_input_contains_its_labels(small_config):
+    """RecFormer's validation reads a user's train items and nothing later: another label, the same input."""
+    data = load_run_data(small_config("backbone.name=encoder", "data.holdout.kind=leave_one_out"))
+    backbone = tiny_encoder(max_tokens=158)
+    backbone.prepare(data.dataset.catalog, lambda texts: torch.empty(0))
+    cases = [case for own in data.validation.values() for case in own]
+    assert len(cases) > 3
+    for case in cases:
+        train = data.holdout.train[case.user].tolist()
+        assert list(case.history) == train[-len(case.history) :]
+        inputs = []
+        for target in (*case.targets, (case.targets[0] + 1) % 20):
+            encoded = backbone.encode([Sample(case.user, case.history, target)], data.dataset.catalog, 10)
+            batch = backbone.collate(encoded)
+            assert batch.labels.tolist() == [target]
+            inputs.append(batch.input_ids)
+        assert all(torch.equal(own, inputs[0]) for own in inputs)
+        leaking = backbone.pad([(*case.history, *case.targets)])  # what the authors' validation reads
+        assert leaking.input_ids.shape != inputs[0].shape or not torch.equal(leaking.input_ids, inputs[0])

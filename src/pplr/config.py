@@ -22,6 +22,7 @@ __all__ = [
     "Config",
     "CutConfig",
     "DataConfig",
+    "EncoderConfig",
     "EvaluationConfig",
     "FederationConfig",
     "HoldoutConfig",
@@ -157,15 +158,45 @@ class ItemVectorsConfig(_Section):
     client. `mixed`: it is exchanged like an adapter. Items that nobody took have none of use."""
 
 
+class EncoderConfig(_Section):
+    """With `encoder` (RecFormer): how an item is written, and how a history is matched with items."""
+
+    attributes: tuple[str, ...] = ()
+    """Columns of the items that follow the title as key and value, such as genres; at most two."""
+
+    attribute_tokens: int = Field(default=32, ge=2)
+    """Most tokens of one attribute, key and value together."""
+
+    pooling: Literal["first", "mean"] = "first"
+    """What stands for a text: the state of its first token (RecFormer's), or the mean over all of its tokens."""
+
+    temperature: float = Field(default=0.05, gt=0)
+    """τ by which cosines are divided before the softmax over the catalog."""
+
+    negatives: int | None = Field(default=None, ge=1)
+    """Items that a batch's targets are compared with, drawn anew for each batch; the whole catalog when absent."""
+
+    first_phase_rounds: int | None = Field(default=None, ge=1)
+    """Server rounds of the first phase, in which items are encoded anew before every epoch. Then each client goes
+    back to its best round and keeps its item embeddings as they were (RecFormer's second phase). Absent: never."""
+
+    @model_validator(mode="after")
+    def _three(self) -> Self:
+        if len(self.attributes) > 2:
+            raise ValueError(f"an item has a title and at most two attributes, got {len(self.attributes)}")
+        return self
+
+
 class BackboneConfig(_Section):
     """The language model."""
 
     name: str = "causal_lm"
     """A registered backbone. `causal_lm`: a decoder writes the next title, which is grounded in the catalog.
-    `item_vectors`: a decoder reads one vector for each item of a history, and every position predicts the next."""
+    `item_vectors`: a decoder reads one vector for each item of a history, and every position predicts the next.
+    `encoder`: RecFormer; an encoder reads a history as text, and is matched with the items it encodes."""
 
     model: str = "smollm2-135m"
-    """A short name (`smollm2-135m`), a hub id, a local folder, or a GGUF file."""
+    """A short name (`smollm2-135m`, `minilm-l6`), a hub id, a local folder, or a GGUF file."""
 
     revision: str | None = None
     """A hub revision (branch, tag or commit)."""
@@ -180,13 +211,16 @@ class BackboneConfig(_Section):
     """Use the model's first blocks alone, which train faster; all when absent."""
 
     max_tokens: int = Field(default=512, ge=16)
-    """Longest prompt with its answer; the oldest items of a history give way, a title is never cut in two."""
+    """Longest sequence that the model reads; the oldest items of a history give way, a title is never cut in two."""
 
     prompt: PromptConfig = PromptConfig()
     """The words around a history."""
 
     item_vectors: ItemVectorsConfig = ItemVectorsConfig()
     """Settings of `item_vectors`."""
+
+    encoder: EncoderConfig = EncoderConfig()
+    """Settings of `encoder`."""
 
 
 class ClientCutConfig(_Section):
@@ -208,7 +242,11 @@ class CutConfig(ClientCutConfig):
 
 
 class AdapterConfig(_Section):
-    """LoRA."""
+    """What is trained in the blocks."""
+
+    kind: Literal["lora", "full"] = "lora"
+    """`lora`: low-rank updates of some linear layers. `full`: every parameter of the blocks, as its difference from the
+    frozen base; the fields below then say nothing. What is trained is what a federation exchanges."""
 
     rank: int = Field(default=8, ge=1)
     """R, the rank of every update."""
@@ -389,6 +427,12 @@ class Config(_Section):
     """Where it runs."""
     run: RunConfig = RunConfig()
     """The run itself."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.adapter.kind == "full" and self.training.recompute:
+            raise ValueError("training.recompute goes with adapter.kind: lora alone")
+        return self
 
     def to_yaml(self) -> str:
         """Write every field, resolved, as YAML that :func:`load_config` reads back to an equal object."""

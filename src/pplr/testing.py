@@ -21,12 +21,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from pplr.backbones.adapters import AdapterState
 from pplr.backbones.base import BACKBONES, Backbone, Batch
 from pplr.backbones.causal_lm import CausalLM
-from pplr.config import AdapterConfig, TrainingConfig
+from pplr.backbones.encoder import Encoder
+from pplr.config import AdapterConfig, EncoderConfig, TrainingConfig
 from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample
 from pplr.errors import PplrError, TransportError
@@ -46,6 +47,7 @@ __all__ = [
     "tiny_backbone",
     "tiny_catalog",
     "tiny_decoder",
+    "tiny_encoder",
     "tiny_samples",
     "tiny_tokenizer",
 ]
@@ -58,7 +60,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")  # noqa: S106
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<end>",  # noqa: S106
+        pad_token="<pad>",  # noqa: S106
+        cls_token="<end>",  # noqa: S106
+    )
 
 
 def tiny_decoder(
@@ -93,6 +100,34 @@ def tiny_decoder(
 def tiny_backbone(family: str = "llama", **options: Any) -> CausalLM:
     """Make a random ``causal_lm`` backbone with the byte-level tokenizer."""
     return CausalLM(tiny_decoder(family, **options), tiny_tokenizer(), max_tokens=512, folder=f"tiny-{family}")
+
+
+def tiny_encoder(
+    family: str = "bert", config: EncoderConfig | None = None, *, max_tokens: int = 128, seed: int = 0, **options: Any
+) -> Encoder:
+    """Make a random ``encoder`` backbone of a family, in float32, with the byte-level tokenizer."""
+    defaults: dict[str, Any] = {
+        "vocab_size": 258,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 160,
+        "type_vocab_size": 2 if family == "bert" else 1,
+        "pad_token_id": 0 if family == "bert" else 1,
+        "initializer_range": 0.2,
+    }
+    if family == "longformer":
+        defaults["attention_window"] = 8
+    settings = AutoConfig.for_model(family, **(defaults | options))
+    attention = "eager" if family == "longformer" else "sdpa"
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        model = AutoModel.from_config(settings, attn_implementation=attention, add_pooling_layer=False)
+    finally:
+        torch.random.set_rng_state(state)
+    return Encoder(model, tiny_tokenizer(), config, max_tokens=max_tokens, folder=f"tiny-{family}")
 
 
 def tiny_catalog() -> Catalog:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pplr.backbones.item_vectors import ItemVectors, item_texts, whiten
+from pplr.backbones.losses import draw_negatives
 from pplr.config import AdapterConfig, ItemVectorsConfig, TrainingConfig
 from pplr.data.holdout import Holdout
 from pplr.data.interactions import Catalog
@@ -109,12 +110,12 @@ def test_negatives_are_the_targets_and_as_many_others_as_asked_and_follow_from_t
     backbone = make(config=ItemVectorsConfig(width=8, negatives=3))
     batch = backbone.collate(backbone.encode(histories()[:1], tiny_catalog(), 3))
     labels = batch.input_ids[:, 1:][batch.is_target[:, 1:]]
-    chosen = backbone._compared(batch, labels)
+    chosen = draw_negatives(batch.input_ids, labels, 3, len(tiny_catalog()))
     assert chosen is not None
     assert chosen.tolist() == sorted(set(chosen.tolist()))
     assert set(labels.tolist()) <= set(chosen.tolist())
     assert 3 <= len(chosen) <= 3 + len(labels)
-    assert torch.equal(chosen, backbone._compared(batch, labels))
+    assert torch.equal(chosen, draw_negatives(batch.input_ids, labels, 3, len(tiny_catalog())))
     model = client(backbone)
     trained = float(model.train_loss(batch, 0).detach())
     states = model.hidden_states(batch)

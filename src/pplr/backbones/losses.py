@@ -1,4 +1,4 @@
-"""Losses that keep less than their plain form would."""
+"""Losses that keep less than their plain form would, and what a target is compared with."""
 
 from __future__ import annotations
 
@@ -9,10 +9,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["head_loss"]
+from pplr.seeds import derive_seed
+from pplr.storage import sha256_bytes
+
+__all__ = ["draw_negatives", "head_loss"]
 
 _ROWS = 64
 """States whose logits are in memory at once."""
+
+
+def draw_negatives(input_ids: Tensor, labels: Tensor, count: int | None, total: int) -> Tensor | None:
+    """Draw the items that a batch's targets are told apart from; the draw follows from the batch.
+
+    Args:
+        input_ids: What the batch is made of.
+        labels: (M,) targets, item numbers.
+        count: Items to draw.
+        total: N, items of the catalog.
+
+    Returns:
+        Sorted item numbers, each once, the targets among them; ``None`` where all items are to be compared.
+    """
+    if count is None or count >= total:
+        return None
+    seed = derive_seed(0, "negatives", sha256_bytes(input_ids.cpu().numpy().tobytes()))
+    drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]
+    return torch.unique(torch.cat([labels, drawn.to(labels.device)]))
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -21,6 +21,7 @@ __all__ = [
     "shown_title",
     "training_histories",
     "training_samples",
+    "training_users",
 ]
 
 T = TypeVar("T")
@@ -102,6 +103,20 @@ def training_histories(holdout: Holdout, users: Iterable[int], history_items: in
             start = max(0, end - history_items)
             samples.append(Sample(int(user), tuple(items[start:end]), items[end], every=True))
     return samples
+
+
+def training_users(holdout: Holdout, users: Iterable[int]) -> list[Sample]:
+    """Make one sample of each user's train items, from which targets are drawn later.
+
+    Args:
+        holdout: Only its train part is read.
+        users: User numbers, in the order wanted.
+
+    Returns:
+        A sample of each user with two train items or more: all but the last, and the last.
+    """
+    whole = [(int(user), holdout.train[user].tolist()) for user in users]
+    return [Sample(user, tuple(items[:-1]), items[-1], every=True) for user, items in whole if len(items) > 1]
 
 
 def evaluation_cases(

@@ -85,6 +85,9 @@ class FederatedClient:
             "seed": config.run.seed,
             "advance": advance,
         }
+        for model in (self.model, self.personal):
+            if model is not None:
+                model.keeps_constants = model.backbone.keeps_constants(server_round)
         objective = method.objective()
         anchor: AdapterState | None = None
         if objective.proximal_mu > 0 or self.personal is not None:

@@ -73,6 +73,7 @@ def run_rounds(
     method = federation.method
     while federation.next_round < config.federation.rounds and not _out_of_patience(federation, config):
         server_round = federation.next_round
+        _begin_phase(federation, server_round, store)
         participants = participants_of(federation.clients, server_round, config)
         crossed = {client.name: client.traffic for client in participants}
 
@@ -134,6 +135,17 @@ def run_rounds(
         federation.next_round += 1
         write_checkpoint(federation, store, improved)
         progress.server_round(record)
+
+
+def _begin_phase(federation: Federation, server_round: int, store: CheckpointStore) -> None:
+    """Where a phase begins that keeps each client's constants, put every client back to its best round."""
+    backbone = federation.clients[0].model.backbone
+    if server_round == 0 or backbone.keeps_constants(server_round - 1) or not backbone.keeps_constants(server_round):
+        return
+    checkpoint = store.newest()
+    for client in federation.clients:
+        if checkpoint is not None and client.best is not None:
+            client.serving.set_adapter(checkpoint.tensors(f"best-{client.name}"))
 
 
 def _without_private(state: AdapterState, private: frozenset[str]) -> AdapterState:

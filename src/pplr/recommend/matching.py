@@ -27,13 +27,13 @@ class MatchingRanker:
         if not isinstance(model.backbone, MatchingBackbone):
             raise TypeError(f"this backbone matches no items: {type(model.backbone).__name__}")
         self._model, self._backbone, self._history_items = model, model.backbone, history_items
+        model.refresh()
 
     @torch.no_grad()
     def scores(self, cases: Sequence[Case]) -> NDArray[np.float32]:
         """Score every item for every case by its cosine: (B, N), higher is better."""
         batch = self._backbone.pad([case.history[-self._history_items :] for case in cases])
-        states = self._model.hidden_states(batch)  # (B, T, D)
-        last = states[torch.arange(len(cases)), self._backbone.query_positions(batch)]  # (B, D)
+        states = self._backbone.pool(self._model.hidden_states(batch), batch)  # (B, T, D) -> (B, D)
         ends = self._model.output_end
-        scored = self._backbone.queries(last, ends) @ self._backbone.items(ends).t()
+        scored = self._backbone.queries(states, ends) @ self._backbone.items(ends).t()
         return np.asarray(scored.cpu().numpy(), dtype=np.float32)

@@ -83,17 +83,19 @@ def train_locally(
             f"client {client} has no training samples", cure="Use another partition or fewer federation.clients."
         )
     started = time.perf_counter()
-    lengths = [model.backbone.length(sample) for sample in encoded]
     horizon = 1 if config.optimizer_state == "reset" else rounds
     model.begin_round(steps_per_round(len(encoded), config) * horizon, objective, anchor)
     samples = steps = tokens = targets = 0
     total_loss = 0.0
     try:
         for epoch in range(config.local_epochs):
+            model.refresh()
+            drawn = model.backbone.draw(encoded, derive_seed(seed, "draw", client, server_round, epoch))
+            lengths = [model.backbone.length(sample) for sample in drawn]
             for positions in bucketed_batches(lengths, config.batch_size, seed, client, server_round, epoch):
                 micro = config.micro_batch_size or len(positions)
                 parts = [
-                    model.backbone.collate([encoded[i] for i in positions[start : start + micro]])
+                    model.backbone.collate([drawn[i] for i in positions[start : start + micro]])
                     for start in range(0, len(positions), micro)
                 ]
                 wanted = sum(part.targets for part in parts)
@@ -127,6 +129,7 @@ def train_locally(
 
 def evaluation_loss(model: ClientModel, encoded: Sequence[Any], batch_size: int) -> float | None:
     """Mean loss per answer token, in nats, without training; ``None`` when there is nothing to measure on."""
+    model.refresh()
     order = sorted(range(len(encoded)), key=lambda i: model.backbone.length(encoded[i]))
     total, targets = 0.0, 0
     for start in range(0, len(order), batch_size):

@@ -24,6 +24,7 @@ from pplr.data.prompts import (
     evaluation_cases,
     training_histories,
     training_samples,
+    training_users,
 )
 from pplr.data.sources import load_dataset
 from pplr.errors import ConfigError, PartitionError, nearest
@@ -91,9 +92,13 @@ def load_run_data(config: Config, notify: Callable[[str], None] = lambda _: None
     holdout = make_holdout(dataset, config.data.holdout)
     seed, items = config.run.seed, config.data.history_items
     partition = make_partition(dataset, holdout, config.data.partition, config.federation.clients, seed)
-    whole = backbone_kind(config.backbone.name).trains_on == "history"
-    make = training_histories if whole else training_samples
-    every = [make(holdout, users.tolist(), items) for users in partition.users]
+    trains_on = backbone_kind(config.backbone.name).trains_on
+    make: Callable[[list[int]], list[Sample]] = {
+        "target": lambda users: training_samples(holdout, users, items),
+        "history": lambda users: training_histories(holdout, users, items),
+        "user": lambda users: training_users(holdout, users),
+    }[trains_on]
+    every = [make(users.tolist()) for users in partition.users]
     samples = draw_samples(every, config.training.samples, seed)
     for name, own in zip(partition.names, samples, strict=True):
         if not own:

@@ -216,7 +216,7 @@ def _export(federation: Federation, assembly: Assembly, store: CheckpointStore, 
     config = assembly.config
     for name, trainer in assembly.serving(federation).items():
         state = trainer.serving.adapter() if trainer.best is None else checkpoint.tensors(f"best-{trainer.name}")
-        save_adapter(state, folder / "clients" / name, config.adapter, config.backbone.model)
+        save_adapter(state, folder / "clients" / name, config.adapter, config.backbone.model, assembly.backbone.task)
 
 
 def evaluate_run(run: Run, progress: Progress, *, started: float | None = None) -> dict[str, Any]:

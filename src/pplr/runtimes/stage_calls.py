@@ -139,7 +139,9 @@ class SessionCalls:
             waiting = sum(other.kept_tokens for other in others)
             _check_tokens(waiting + tokens, self._limits.max_kept_tokens, "wait for a backward pass")
         call = StageCall(
-            dropout_seed=request.dropout_seed if request.has_dropout_seed else None, adapter=request.adapter
+            dropout_seed=request.dropout_seed if request.has_dropout_seed else None,
+            adapter=request.adapter,
+            lengths=lengths,
         )
         left = session.host.forward(session.name, states, call, keep_as=request.step if request.keep else None)
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from google.protobuf.message import Message
 from torch import Tensor
 
-from pplr.backbones.adapters import AdapterState
+from pplr.backbones.adapters import AdapterState, block_of
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import ServerLostError, TransportError, WireError
 from pplr.runtimes import codec
@@ -26,7 +25,6 @@ from pplr.stages.transport import Traffic
 
 __all__ = ["GrpcTransport"]
 
-_BLOCK = re.compile(r"\.layers\.(\d+)\.")
 _MAX_REPLY = 256 << 20
 
 
@@ -187,11 +185,7 @@ class GrpcTransport:
 
     def _own(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Pick the tensors of the middle blocks; nothing of the client's own layers is sent by this way."""
-        return {
-            name: tensor
-            for name, tensor in state.items()
-            if name == "steps" or ((found := _BLOCK.search(name)) is not None and int(found[1]) in self._middle)
-        }
+        return {name: tensor for name, tensor in state.items() if name == "steps" or block_of(name) in self._middle}
 
     def gradient_norm_squared(self) -> float:
         """Squared gradient norm of the middle adapter."""

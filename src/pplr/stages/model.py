@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplr.backbones.adapters import AdapterState, adapter_shapes, check_adapter, initial_adapter, natural_order
+from pplr.backbones.adapters import (
+    AdapterState,
+    adapter_sha256,
+    adapter_shapes,
+    check_adapter,
+    initial_adapter,
+    natural_order,
+)
 from pplr.backbones.base import Backbone, Batch
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import CheckpointError
@@ -144,6 +151,23 @@ class ClientModel:
         self._stages = (input_stage, output_stage)
         self._members = tuple(Member(stage, initial, training) for stage in self._stages)
         self._step = 0
+        self.keeps_constants = False
+        self._constants_are_old = self._lacks_constants(initial)
+
+    def _lacks_constants(self, state: Mapping[str, Tensor]) -> bool:
+        """Tell whether the backbone's constants must be computed before they can be used with a state."""
+        names = self.backbone.constant
+        return bool(names) and not all(name in state and bool(state[name].any()) for name in names)
+
+    def refresh(self) -> None:
+        """Compute the backbone's constant tensors anew if the adapter has changed since, unless they are to be kept."""
+        if not self._constants_are_old or self.keeps_constants:
+            return
+        trained = {name: tensor for name, tensor in self.adapter().items() if name not in self.backbone.constant}
+        fresh = self.backbone.constants(self.hidden_states, adapter_sha256(trained))
+        for member in self._members:
+            member.set_adapter(fresh)
+        self._constants_are_old = False
 
     @property
     def traffic(self) -> Traffic:
@@ -160,7 +184,7 @@ class ClientModel:
     def train_loss(self, batch: Batch, dropout_seed: int) -> Tensor:
         """Sum the loss over a batch's targets, ready for ``backward``, which crosses the cut again."""
         states = self.backbone.embed(batch.input_ids, self._members[0].ends)  # (B, T) -> (B, T, D)
-        call = StageCall(dropout_seed=dropout_seed)
+        call = StageCall(dropout_seed=dropout_seed, lengths=batch.lengths)
         states = self._stages[0].run(self._members[0], states, call)
         if self.transport is not None:
             if not states.requires_grad:
@@ -178,7 +202,7 @@ class ClientModel:
             batch: Padded on the right.
             adapter: Whether the adapter takes part; without it these are the base model's states.
         """
-        call = StageCall(adapter=adapter)
+        call = StageCall(adapter=adapter, lengths=batch.lengths)
         states = self.backbone.embed(batch.input_ids, self._members[0].ends)
         states = self._stages[0].run(self._members[0], states, call)
         if self.transport is not None:
@@ -247,6 +271,7 @@ class ClientModel:
             member.optimizer.step(scale)
         if self.transport is not None:
             self.transport.optimizer_step(scale)
+        self._constants_are_old = bool(self.backbone.constant)
         return norm
 
     def end_round(self) -> None:
@@ -277,6 +302,7 @@ class ClientModel:
             self.transport.set_adapter(state)
         for member in self._members:
             member.set_adapter(state)
+        self._constants_are_old = self._lacks_constants(state)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Return the optimizer's state of all stages as flat tensors."""

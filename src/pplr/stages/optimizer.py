@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pplr.backbones.adapters import AdapterState, is_lora
+from pplr.backbones.adapters import AdapterState, is_end
 from pplr.config import TrainingConfig
 from pplr.errors import CheckpointError, FederationError
 
@@ -78,8 +78,8 @@ class StageOptimizer:
         if not self.parameters:
             return None
         groups: list[dict[str, Any]] = []
-        for factor, of_lora in ((1.0, True), (self.config.ends_rate, False)):
-            own = [parameter for name, parameter in self.parameters.items() if is_lora(name) == of_lora]
+        for factor, of_ends in ((1.0, False), (self.config.ends_rate, True)):
+            own = [parameter for name, parameter in self.parameters.items() if is_end(name) == of_ends]
             groups += [{"params": own, "factor": factor}] if own else []
         return torch.optim.AdamW(
             groups, lr=self.config.learning_rate, weight_decay=self.config.weight_decay, foreach=False

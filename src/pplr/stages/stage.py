@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pplr.backbones.adapters import AdapterSlots, AdapterState, check_adapter, inject_adapter
+from pplr.backbones.adapters import AdapterState, Slots, check_adapter, make_slots
 from pplr.backbones.base import Backbone, End
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.stages.optimizer import StageOptimizer
@@ -28,12 +28,20 @@ class StageCall:
         position_ids: (B, T); absent counts from 0.
         dropout_seed: Seed of this pass's dropout masks; absent is evaluation.
         adapter: Whether the adapter takes part; without it the stage is the base model's.
+        lengths: (B,) real tokens of each row, which blocks that look ahead must know; what follows is padding.
     """
 
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
     dropout_seed: int | None = None
     adapter: bool = True
+    lengths: Tensor | None = None
+
+    def mask(self, tokens: int, device: torch.device) -> Tensor | None:
+        """Return ``attention_mask``, or that of right-padded rows of ``lengths``: (B, T), 0 where padding is."""
+        if self.attention_mask is not None or self.lengths is None:
+            return self.attention_mask
+        return (torch.arange(tokens)[None, :] < self.lengths[:, None].cpu()).long().to(device)
 
 
 class Stage:
@@ -60,7 +68,7 @@ class Stage:
         self.end_shapes = {} if end is None else backbone.end_shapes(end)
         self.backbone = backbone
         self.blocks = backbone.blocks(span)
-        self.slots: AdapterSlots = inject_adapter(self.blocks.layers, config, first_layer=span.start)
+        self.slots: Slots = make_slots(self.blocks, config, backbone.block_prefix)
         self.blocks.to(backbone.device)
         self.recompute = recompute
         self._bound: Member | None = None
@@ -77,8 +85,11 @@ class Stage:
     def run(self, member: Member, hidden_states: Tensor, call: StageCall, cache: Any = None) -> Tensor:
         """Run the blocks with one member's adapter: (B, T, D) -> (B, T, D)."""
         self._prepare(member, call)
+        mask = call.attention_mask
+        if self.backbone.bidirectional:
+            mask = call.mask(hidden_states.shape[1], hidden_states.device)
         with self._recomputing(member, call) if self.recompute and cache is None else nullcontext():
-            return self.blocks(hidden_states, call.attention_mask, call.position_ids, cache)
+            return self.slots.run(self.blocks, hidden_states, mask, call.position_ids, cache)
 
     def _prepare(self, member: Member, call: StageCall) -> None:
         if self._bound is not member:
@@ -125,7 +136,11 @@ class Member:
             for name in stage.shapes
         }
         self.ends = {name: self.parameters[name] for name in stage.end_shapes}
-        self.optimizer = StageOptimizer(self.parameters, training)
+        constant = stage.backbone.constant & self.parameters.keys()
+        for name in constant:
+            self.parameters[name].requires_grad_(False)
+        trained = {name: parameter for name, parameter in self.parameters.items() if name not in constant}
+        self.optimizer = StageOptimizer(trained, training)
 
     def adapter(self) -> AdapterState:
         """Return the LoRA tensors, without copying them."""
