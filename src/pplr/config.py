@@ -282,8 +282,9 @@ class FederationConfig(_Section):
     participation: float = Field(default=1.0, gt=0, le=1)
     """Share of the clients that train in each server round."""
 
-    similarity: Literal["adapters", "updates", "products"] = "adapters"
-    """What the cosine compares: the adapters (the paper's), what training changed in them, or the products BA."""
+    similarity: Literal["adapters", "updates", "products", "none"] = "adapters"
+    """What the cosine compares: the adapters (the paper's), what training changed in them, or the products BA;
+    `none` takes all clients for equally similar."""
 
     temperature: float = Field(default=0.05, gt=0)
     """τ of the softmax that shares the loss out among clients."""
