@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -211,7 +211,7 @@ class Claim:
             folder = self.run_folder(job)
             if not (folder / "metrics.json").exists():
                 self._train(job)
-            write_record(self.path(job), record_of(open_run(folder)))
+            write_record(self.path(job), {"job": asdict(job), **record_of(open_run(folder))})
             for heavy in ("checkpoints", "clients", "rounds"):
                 shutil.rmtree(folder / heavy, ignore_errors=True)
             missing.remove(job)
@@ -223,7 +223,8 @@ class Claim:
             test = {name: list(cases) for name, cases in data.test.items()}
             before = read_record(self.path(kept))
             record = regroup(before, config, test, data.partition.sha256)
-            write_record(self.path(own), {**record, "trained_as": before.get("trained_as", kept.name)})
+            trained = {"job": asdict(own), "trained_as": before.get("trained_as", kept.name)}
+            write_record(self.path(own), {**record, **trained})
         return seconds
 
     def _train(self, job: Job) -> None:

@@ -119,6 +119,8 @@ def main() -> None:
         for name, ranker in measured.items()
     }
     result = {
+        "config": str(arguments.config),
+        "set": arguments.overrides,
         "holdout_sha256": data.holdout.sha256,
         "users": len(cases),
         "requirements": REQUIREMENTS,

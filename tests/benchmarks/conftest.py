@@ -30,7 +30,12 @@ def tiny_config(tmp_path: Path, small_config: Callable[..., Config], model_folde
     return path
 
 
-def make_record(
+@pytest.fixture
+def make_record() -> Callable[..., dict[str, Any]]:
+    return _record
+
+
+def _record(
     tested: dict[str, list[int]], hits: dict[int, tuple[float, float]], seconds: float = 60.0
 ) -> dict[str, Any]:
     """Make a record by hand, its figures worked out from the values of its users."""

@@ -20,7 +20,17 @@ from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample
 from pplr.errors import ConfigError, nearest
 
-__all__ = ["BACKBONES", "Backbone", "Batch", "Blocks", "End", "MatchingBackbone", "backbone_kind", "load_backbone", "register"]
+__all__ = [
+    "BACKBONES",
+    "Backbone",
+    "Batch",
+    "Blocks",
+    "End",
+    "MatchingBackbone",
+    "backbone_kind",
+    "load_backbone",
+    "register",
+]
 
 End = Literal["input", "output"]
 """One of the two ends of a model, both of which the client holds."""
