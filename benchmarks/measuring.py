@@ -100,9 +100,9 @@ def quality_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def write_quality(name: str, content: dict[str, Any]) -> None:
+def write_quality(name: str, content: dict[str, Any], root: Path = RESULTS.parent.parent) -> None:
     """Write what recommendations were worth to ``results/NAME.json``."""
-    path = RESULTS.parent.parent / "results" / f"{name}.json"
+    path = root / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n", encoding="utf-8")
     print(f"wrote results/{path.name}")

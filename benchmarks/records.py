@@ -24,9 +24,11 @@ Record = dict[str, Any]
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """Tell what a result depends on: every field that is not at its default, but where it runs."""
+    """Tell what a result depends on: every field not at its default, but where it runs and where its data lie."""
     told = config.model_dump(mode="json", exclude_defaults=True)
     told.pop("runtime", None)
+    for name in ("path", "items_path"):
+        told.get("data", {}).pop(name, None)
     return told
 
 

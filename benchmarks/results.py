@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.claim_tables import claim_folders, claim_sections
+from benchmarks.cold_start_tables import RESULT, cold_start_sections
 from benchmarks.recommendation_tables import recommendation_sections
 from benchmarks.tables import Section, page
 from pplr.errors import PplrError
@@ -19,7 +20,8 @@ from pplr.storage import write_atomic
 ROOT = Path(__file__).parent.parent
 OPENING = (
     "Written by `python -m benchmarks.results` from `results/`, which comes from `python -m benchmarks.quality`, "
-    "`benchmarks.sasrec` and `benchmarks.claim`, and from `docs/results_text/`, which is written by hand. Full "
+    "`benchmarks.sasrec`, `benchmarks.cold_start` and `benchmarks.claim`, and from `docs/results_text/`, which is "
+    "written by hand. Full "
     "catalog, history masked, ties against the model; means over seeds with 95 % intervals (Student's t)."
 )
 
@@ -29,7 +31,10 @@ def sections_of(results: Path) -> list[Section]:
     told: dict[str, dict[str, Any]] = {
         path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))
     }
-    sections = recommendation_sections(told)
+    cold = {name: own for name, own in told.items() if RESULT in own}
+    sections = recommendation_sections({name: own for name, own in told.items() if name not in cold})
+    for name, own in cold.items():
+        sections += cold_start_sections(name, own)
     for folder in claim_folders(results):
         sections += claim_sections(folder)
     return sections

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks.claim_tables import averaged, claim_sections, method_row
+from benchmarks.cold_start_tables import cold_start_sections
 from benchmarks.recommendation_tables import recommendation_sections
 from benchmarks.records import write_record
 from benchmarks.results import main, sections_of
@@ -80,6 +81,30 @@ def test_what_was_measured_on_one_holdout_stands_in_one_table() -> None:
     assert lines[4] == "| popularity | 1 | 0.1000 | 0.0500 | 0.2000 | 0.0800 |  |  |  |"  # told once
     assert "pplr train configs/movielens_item_vectors.yaml --set federation.method=centralized" in movies.body
     assert "| popularity | 1 | 0.0500 |" in games.body  # from the run itself, where nothing else measured it
+
+
+def test_cold_start_has_a_table_for_items_and_one_for_users() -> None:
+    def run(seed: int, unseen: int, places: tuple[str, ...]) -> dict:
+        models = {name: {p: {"recall@10": 0.1 * (seed + 1), "ndcg@10": 0.05} for p in places} for name in ("a", "b")}
+        chosen = {"chosen": {"n_factors": 8, "dropout_rate": 0.2}} if seed else None
+        return {"seed": seed, "unseen": unseen, "users": 40 + seed, "models": models, "sasrec": chosen}
+
+    kinds = {
+        "unseen_items": [run(seed, 7, ("catalog", "among")) for seed in (0, 1)],
+        "new_users": [run(0, 0, ("catalog",))],
+    }
+    told = {"machine": MACHINE, "config": "c.yaml", "set": [], "cold_start": kinds}
+    opening, items, users = cold_start_sections("cold", told)
+    assert opening.body.startswith("`python -m benchmarks.cold_start c.yaml --name cold`; a processor, 2 threads.")
+    lines = items.body.splitlines()
+    assert lines[0] == (
+        "| model | seeds | recall@10 | ndcg@10 | recall@10 among the unseen | ndcg@10 among the unseen |"
+    )
+    assert lines[2].startswith("| a | 2 | 0.1500 ± 0.6353 | 0.0500 ± 0.0000 | 0.1500")
+    assert "- Test users, each with one target: 40/41." in lines
+    assert "- Unseen items: 7/7." in items.body
+    assert "8 factors and dropout 0.2" in items.body
+    assert users.body.splitlines()[2] == "| a | 1 | 0.1000 | 0.0500 |"
 
 
 @pytest.fixture
