@@ -13,7 +13,7 @@ from benchmarks.records import METRICS, Record, evaluation_of, read_record
 from benchmarks.tables import Section, command, known_interval, table
 from pplr.recommend.evaluation import Evaluation, paired_bootstrap
 
-FEDERATED = "pplr"
+FEDERATED, ALONE = "pplr", "local"
 
 Seeds = Mapping[int, Record]
 
@@ -47,8 +47,9 @@ def _opening(folder: Path, plan: Mapping[str, Any]) -> str:
     start = command(dict(plan), "python -m benchmarks.claim")
     return (
         f"`{start} --name {folder.name}`, kept in `results/{folder.name}/`. Means over seeds with 95 % intervals "
-        "(Student's t). Worst client, gap (best less worst) and std are of the clients' means. `pplr less this`: each "
-        "user's values are averaged over the seeds that both methods have, then users are resampled (paired bootstrap, "
+        "(Student's t). Worst client, gap (best less worst) and std are of the clients' means. Behind: clients, over "
+        "all seeds, whose mean is below what `local` gives them. `pplr less this`: each user's "
+        "values are averaged over the seeds that both methods have, then users are resampled (paired bootstrap, "
         "10,000 samples); its interval says how far it would move with other users, not with other seeds. p is "
         "two-sided and not corrected for the number of rows."
     )
@@ -60,31 +61,42 @@ def _tables(methods: Mapping[str, Seeds], asked: int) -> str:
         return "Not run yet."
     parts = []
     for metric in METRICS:
-        head = [metric, "seeds", "overall", "worst client", "gap", "std", f"{FEDERATED} less this", "p"]
-        rows = [method_row(name, own, asked, metric, methods.get(FEDERATED, {})) for name, own in methods.items()]
+        head = [metric, "seeds", "overall", "worst client", "gap", "std", "behind", f"{FEDERATED} less this", "p"]
+        rows = [method_row(name, methods, asked, metric) for name in methods]
         floors = sorted(measured[0]["floors"].items())
-        rows += [
-            [name, "", f"{own[metric]:.4f}", "", "", "", "", ""] for name, own in floors if own[metric] is not None
-        ]
+        rows += [[name, "", f"{own[metric]:.4f}", *[""] * 6] for name, own in floors if own[metric] is not None]
         parts.append(table(head, rows))
     return "\n\n".join([*parts, _notes(methods)])
 
 
-def method_row(name: str, seeds: Seeds, asked: int, metric: str, against: Seeds) -> list[str]:
+def method_row(name: str, methods: Mapping[str, Seeds], asked: int, metric: str) -> list[str]:
     """Make a method's row.
 
     Args:
         name: The method.
-        seeds: Its records by seed.
+        methods: All methods' records by seed.
         asked: How many seeds were wanted.
         metric: Which of the metrics that records keep.
-        against: The records of ``pplr`` by seed.
     """
+    seeds = methods[name]
     count = str(asked) if len(seeds) == asked else f"{len(seeds)} of {asked}"
     runs = [seeds[seed] for seed in sorted(seeds)]
     cells = [known_interval(run["overall"][metric] for run in runs)]
     cells += [known_interval(run["spread"][metric][what] for run in runs) for what in ("worst", "gap", "std")]
-    return [name, count, *cells, *(("", "") if name == FEDERATED else difference(against, seeds, metric))]
+    cells.append("" if name == ALONE else behind(seeds, methods.get(ALONE, {}), metric))
+    against = ("", "") if name == FEDERATED else difference(methods.get(FEDERATED, {}), seeds, metric)
+    return [name, count, *cells, *against]
+
+
+def behind(seeds: Seeds, alone: Seeds, metric: str) -> str:
+    """Count the clients that fare worse than alone, over the seeds that both methods have; nothing without any."""
+    pairs = [
+        (own[metric], alone[seed]["clients"][name][metric])
+        for seed in sorted(seeds.keys() & alone.keys())
+        for name, own in seeds[seed]["clients"].items()
+    ]
+    known = [with_others < by_itself for with_others, by_itself in pairs if None not in (with_others, by_itself)]
+    return f"{sum(known)} of {len(known)}" if known else ""
 
 
 def difference(one: Seeds, other: Seeds, metric: str) -> tuple[str, str]:

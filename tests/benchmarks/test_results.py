@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.claim_tables import averaged, claim_sections, method_row
+from benchmarks.claim_tables import averaged, behind, claim_sections, method_row
 from benchmarks.cold_start_tables import cold_start_sections
 from benchmarks.recommendation_tables import recommendation_sections
 from benchmarks.records import write_record
@@ -139,12 +139,12 @@ def test_the_claims_tables_say_what_is_missing(folder) -> None:
     assert (found.slug, found.title) == ("claim-leave_one_out-kmeans", "leave_one_out, clients by kmeans")
     by_recall, by_ndcg, notes = found.body.split("\n\n")
     lines = by_recall.splitlines()
-    assert lines[0] == "| recall@10 | seeds | overall | worst client | gap | std | pplr less this | p |"
-    assert lines[2].startswith("| local | 1 of 2 | 0.2500 | 0.0000 | 0.5000 | 0.2500 | +0.2500 [")
-    assert lines[3] == "| fedavg | 0 of 2 |  |  |  |  |  |  |"
+    assert lines[0] == "| recall@10 | seeds | overall | worst client | gap | std | behind | pplr less this | p |"
+    assert lines[2].startswith("| local | 1 of 2 | 0.2500 | 0.0000 | 0.5000 | 0.2500 |  | +0.2500 [")
+    assert lines[3] == "| fedavg | 0 of 2 |  |  |  |  |  |  |  |"
     assert lines[4].startswith("| pplr | 2 | 0.5000 ± 0.0000 | 0.5000 ± 0.0000 | 0.0000 ± 0.0000 |")
-    assert lines[4].endswith("|  |  |")
-    assert lines[5] == "| popularity |  | 0.1000 |  |  |  |  |  |"
+    assert lines[4].endswith("| 0 of 2 |  |  |")
+    assert lines[5] == "| popularity |  | 0.1000 |  |  |  |  |  |  |"
     assert by_ndcg.startswith("| ndcg@10 |")
     assert "Test users of the clients: 2/2." in notes
     assert "local 3.0 and 1.0, pplr 3.0 and 1.0" in notes
@@ -162,7 +162,16 @@ def test_users_are_averaged_over_the_seeds_that_both_have(make_record) -> None:
     assert left.values["ndcg@10"].tolist() == pytest.approx([0.6, 0.0])
     assert right.values["ndcg@10"].tolist() == pytest.approx([0.1, 1.0])
     assert averaged(one, {5: other[0]}, "ndcg@10") is None
-    assert method_row("local", {}, 3, "ndcg@10", one) == ["local", "0 of 3", "", "", "", "", "", ""]
+    assert method_row("fedavg", {"fedavg": {}, "pplr": one}, 3, "ndcg@10") == ["fedavg", "0 of 3", *[""] * 7]
+
+
+def test_a_client_is_behind_where_it_would_do_better_alone(make_record) -> None:
+    tested = {"0": [0], "1": [1], "2": [2]}
+    alone = {0: make_record(tested, {0: (1.0, 0.5), 1: (1.0, 0.5)}), 2: make_record(tested, {})}
+    others = {0: make_record(tested, {0: (1.0, 0.4), 1: (1.0, 0.5), 2: (1.0, 0.1)}), 1: make_record(tested, {})}
+    assert behind(others, alone, "ndcg@10") == "1 of 3"
+    assert behind(others, alone, "recall@10") == "0 of 3"
+    assert behind(others, {}, "ndcg@10") == ""
 
 
 def test_the_page_is_the_same_each_time(folder, tmp_path) -> None:
