@@ -26,6 +26,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from benchmarks.claim_jobs import HOLDOUTS, METHODS, PARTITIONS, Job
 from benchmarks.measuring import quality_parser
 from benchmarks.records import (
     check_metrics,
@@ -43,53 +44,6 @@ from pplr.runtimes.run import open_run
 from pplr.storage import write_json
 
 ROOT = Path(__file__).parent.parent
-HOLDOUTS = ("leave_one_out", "global_time")
-PARTITIONS: dict[str, tuple[str, ...]] = {
-    "kmeans": ("data.partition.by=kmeans",),
-    "occupation": ("data.partition.by=column", "data.partition.column=occupation"),
-    "each-occupation": ("data.partition.by=column", "data.partition.column=occupation", "federation.clients=21"),
-}
-METHODS: dict[str, tuple[str, ...]] = {
-    "local": ("federation.method=local",),
-    "centralized": ("federation.method=centralized",),
-    "fedavg": ("federation.method=fedavg",),
-    "fedprox": ("federation.method=fedprox",),
-    "ditto": ("federation.method=ditto",),
-    "pplr": ("federation.method=pplr",),
-    "pplr-no-heating": ("federation.method=pplr", "federation.heating_scale=null"),
-    "pplr-no-similarity": ("federation.method=pplr", "federation.similarity=none"),
-    "pplr-updates": ("federation.method=pplr", "federation.similarity=updates"),
-    "pplr-products": ("federation.method=pplr", "federation.similarity=products"),
-}
-"""Each row of a table, as settings."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run that is wanted.
-
-    Args:
-        holdout: A kind of holdout.
-        partition: A key of ``PARTITIONS``.
-        seed: The run's seed.
-        method: A key of ``METHODS``.
-    """
-
-    holdout: str
-    partition: str
-    seed: int
-    method: str
-
-    @property
-    def name(self) -> str:
-        """Name the job's files."""
-        return f"{self.holdout}-{self.partition}-{self.seed}-{self.method}"
-
-    @property
-    def overrides(self) -> list[str]:
-        """Tell the settings that are this job's."""
-        kind = f"data.holdout.kind={self.holdout}"
-        return [kind, *PARTITIONS[self.partition], *METHODS[self.method], f"run.seed={self.seed}"]
 
 
 @dataclass
@@ -182,6 +136,11 @@ class Claim:
             )
         return True
 
+    def kept(self) -> list[Job]:
+        """List the jobs whose records are there, wanted or not."""
+        paths = sorted((self.root / "results" / self.name).glob("*.json"))
+        return [Job(**read_record(path)["job"]) for path in paths if path.name != "plan.json"]
+
     def missing(self, job: Job) -> list[Job]:
         """List the jobs that this one's training serves and whose records are not there."""
         return [own for own in self.siblings(job) if not self.is_kept(own)]
@@ -260,6 +219,8 @@ class Claim:
             RunError: A record is of other settings, or some runs failed; the others are kept.
         """
         check_metrics(load_config(self.config, self.overrides))
+        for job in self.kept():
+            self.is_kept(job)  # those not wanted now stand in the same tables
         waiting = [job for job in self.jobs if self.missing(job)]
         self.write_plan()
         print(f"{len(self.jobs) - len(waiting)} of {len(self.jobs)} runs are kept already", flush=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import claim as module
-from benchmarks.claim import METHODS, Claim, Job, main, parse
+from benchmarks.claim import Claim, main, parse
+from benchmarks.claim_jobs import METHODS, PARTITIONS, Job
 from benchmarks.records import evaluation_of, read_record
 from pplr.config import load_config
 from pplr.errors import ConfigError, RunError
@@ -31,7 +31,7 @@ class InProcess(Claim):
 def make(tiny_config, tmp_path, monkeypatch):
     """Make a claim over tiny data, whose partitions are KMeans and the region."""
     by_region = ("data.partition.by=column", "data.partition.column=region")
-    monkeypatch.setitem(module.PARTITIONS, "occupation", by_region)
+    monkeypatch.setitem(PARTITIONS, "occupation", by_region)
 
     def claim(*overrides: str, **wanted) -> InProcess:
         wanted = {"seeds": (0,), "holdouts": ("leave_one_out",), "methods": ("pplr", "centralized")} | wanted
@@ -95,7 +95,7 @@ def test_a_claim_is_kept_small_and_not_run_twice(make, tmp_path) -> None:
 
 def test_other_settings_under_the_same_name_are_refused_before_anything_runs(make) -> None:
     make(methods=("local",), partitions=("kmeans",)).run(parallel=1)
-    other = make("training.learning_rate=0.03", methods=("pplr", "local"), partitions=("kmeans",))
+    other = make("training.learning_rate=0.03", methods=("pplr",), partitions=("kmeans",), seeds=(1,))
     with refuses(RunError, "training.learning_rate is 0.02 there and 0.03 here"):
         other.run(parallel=1)
     assert other.trained == []
