@@ -130,4 +130,4 @@ def test_the_command_runs_processes(tiny_config, tmp_path) -> None:
     main([str(tiny_config), "--name", "tiny", *wanted, "local"], root=tmp_path)
     assert (tmp_path / "results" / "tiny" / "leave_one_out-kmeans-0-local.json").exists()
     with pytest.raises(SystemExit, match="error: 1 of 1 runs failed"):
-        main([str(tiny_config), "--name", "tiny", *wanted, "fedavg", "--set", "backbone.model=nowhere"], root=tmp_path)
+        main([str(tiny_config), "--name", "other", *wanted, "fedavg", "--set", "backbone.model=nowhere"], root=tmp_path)
