@@ -95,14 +95,14 @@ def quality_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--name", required=True)
-    parser.add_argument("--set", nargs="*", default=[], dest="overrides")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], dest="overrides", metavar="FIELD=VALUE")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     return parser
 
 
-def write_quality(name: str, content: dict[str, Any]) -> None:
+def write_quality(name: str, content: dict[str, Any], root: Path = RESULTS.parent.parent) -> None:
     """Write what recommendations were worth to ``results/NAME.json``."""
-    path = RESULTS.parent.parent / "results" / f"{name}.json"
+    path = root / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n", encoding="utf-8")
     print(f"wrote results/{path.name}")

@@ -9,24 +9,46 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import quality_parser, write_quality
+from benchmarks.records import first_difference, settings_of
+from pplr.config import load_config
+from pplr.errors import PplrError, RunError
 
 ROOT = Path(__file__).parent.parent
 KEPT = ("method", "backbone", "cut", "overall", "spread", "floors", "seconds", "samples_per_second")
 
 
-def train(config: Path, overrides: list[str], seed: int, folder: Path) -> dict[str, Any]:
-    """Train one seed, unless its folder already holds a finished run; return its metrics."""
-    metrics = folder / "metrics.json"
-    if not metrics.exists():
-        command = [sys.executable, "-m", "pplr.apps.cli", "train", str(config), "--run-dir", str(folder)]
-        for override in [*overrides, f"run.seed={seed}"]:
-            command += ["--set", override]
-        subprocess.run(command, check=True)
-    told: dict[str, Any] = json.loads(metrics.read_text(encoding="utf-8"))
+def finish(config: Path, overrides: Sequence[str], folder: Path) -> None:
+    """Train in a process of its own, or go on, unless the folder already holds this run and it is finished.
+
+    Raises:
+        RunError: The folder holds a run of other settings, or training failed.
+    """
+    begun = folder / "config.yaml"
+    if begun.exists():
+        differs = first_difference(settings_of(load_config(begun)), settings_of(load_config(config, overrides)))
+        if differs is not None:
+            raise RunError(
+                f"{folder} holds a run of other settings: {differs}", cure="Choose another --name, or delete it."
+            )
+    if (folder / "metrics.json").exists():
+        return
+    command = [sys.executable, "-m", "pplr.apps.cli", "train", str(config), "--run-dir", str(folder)]
+    for override in overrides:
+        command += ["--set", override]
+    code = subprocess.run([*command, "--resume"] if begun.exists() else command, check=False).returncode
+    if code:
+        raise RunError(f"training in {folder} ended with {code}", cure="Mend what it said, and run the command again.")
+
+
+def train(config: Path, overrides: Sequence[str], seed: int, folder: Path) -> dict[str, Any]:
+    """Train one seed, unless it is trained already; return its metrics."""
+    finish(config, [*overrides, f"run.seed={seed}"], folder)
+    told: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     rounds = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
     provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
     held = {key: value for key, value in provenance.items() if key.endswith("sha256")}
@@ -37,7 +59,10 @@ def main() -> None:
     """Train every seed and write ``results/NAME.json``."""
     arguments = quality_parser(__doc__).parse_args()
     folders = {seed: ROOT / "runs" / f"{arguments.name}-{seed}" for seed in arguments.seeds}
-    runs = [train(arguments.config, arguments.overrides, seed, folder) for seed, folder in folders.items()]
+    try:
+        runs = [train(arguments.config, arguments.overrides, seed, folder) for seed, folder in folders.items()]
+    except PplrError as error:
+        sys.exit(f"error: {error}")
     result = {"config": str(arguments.config), "set": arguments.overrides, "runs": runs}
     write_quality(arguments.name, result)
 

@@ -41,7 +41,9 @@ def dataset(histories: dict[int, list[int]]) -> Dataset:
 
 def scores(model: SASRecModel, histories: dict[int, list[int]], items: int) -> np.ndarray:
     """Score every item after every history: (len(histories), items); items it never trained on come last."""
-    told = model.recommend(list(histories), dataset(histories), k=items, filter_viewed=False)
+    told = model.recommend(
+        list(histories), dataset(histories), k=items, filter_viewed=False, on_unsupported_targets="ignore"
+    )
     rows = {user: row for row, user in enumerate(histories)}
     out = np.full((len(histories), items), -1e9, dtype=np.float32)
     out[told[Columns.User].map(rows), told[Columns.Item]] = told[Columns.Score]

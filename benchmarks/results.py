@@ -1,4 +1,4 @@
-"""Write ``docs/results.md`` from ``results/*.json``.
+"""Write ``docs/results.md`` from ``results/``, with what was written by hand in ``docs/results_text/``.
 
 python -m benchmarks.results
 """
@@ -6,82 +6,48 @@ python -m benchmarks.results
 from __future__ import annotations
 
 import json
-import math
-import statistics
-from collections.abc import Sequence
+import sys
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
+from benchmarks.claim_tables import claim_folders, claim_sections
+from benchmarks.cold_start_tables import RESULT, cold_start_sections
+from benchmarks.recommendation_tables import recommendation_sections
+from benchmarks.tables import Section, page
+from pplr.errors import PplrError
+from pplr.storage import write_atomic
 
 ROOT = Path(__file__).parent.parent
-METRICS = ("recall@10", "ndcg@10", "recall@20", "ndcg@20")
+OPENING = (
+    "Written by `python -m benchmarks.results` from `results/`, which comes from `python -m benchmarks.quality`, "
+    "`benchmarks.sasrec`, `benchmarks.cold_start` and `benchmarks.claim`, and from `docs/results_text/`, which is "
+    "written by hand. Full "
+    "catalog, history masked, ties against the model; means over seeds with 95 % intervals (Student's t)."
+)
 
 
-def interval(values: Sequence[float]) -> str:
-    """Tell a mean, with its 95 % interval over seeds (Student's t) where there is more than one."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:.4f}"
-    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:.4f} ± {half:.4f}"
+def sections_of(results: Path) -> list[Section]:
+    """Make all sections from a folder of results."""
+    told: dict[str, dict[str, Any]] = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))
+    }
+    cold = {name: own for name, own in told.items() if RESULT in own}
+    sections = recommendation_sections({name: own for name, own in told.items() if name not in cold})
+    for name, own in cold.items():
+        sections += cold_start_sections(name, own)
+    for folder in claim_folders(results):
+        sections += claim_sections(folder)
+    return sections
 
 
-def row(name: str, runs: Sequence[dict[str, Any]], more: Sequence[str] = ("", "", "")) -> str:
-    """Make a table's row from the overall figures of some seeds."""
-    cells = [interval([run["overall"][metric] for run in runs]) for metric in METRICS]
-    return "| " + " | ".join([name, str(len(runs)), *cells, *more]) + " |"
-
-
-def training_rows(name: str, told: dict[str, Any]) -> list[str]:
-    """Rows of a configuration that pplr trained."""
-    runs = told["runs"]
-    worst = [run["spread"]["ndcg@10"]["worst"] for run in runs if run["spread"]["ndcg@10"]["worst"] is not None]
-    minutes = statistics.fmean(run["seconds"]["total"] for run in runs) / 60
-    rounds = "/".join(str(run["rounds"]) for run in runs)
-    return [row(name, runs, (interval(worst) if worst else "", rounds, f"{minutes:.0f}"))]
-
-
-def other_rows(told: dict[str, Any]) -> list[str]:
-    """Rows of SASRec and of the floors."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for name, overall in told["overall"].items():
-        kinds.setdefault(name.split(",")[0], []).append({"overall": overall})
-    minutes = statistics.fmean(run["seconds"] for run in told["sasrec"]["runs"]) / 60
-    epochs = "/".join(str(run["epochs"]) for run in told["sasrec"]["runs"])
-    blank = ("", "", "")
-    return [
-        row(name, runs, ("", epochs, f"{minutes:.0f}") if name == "sasrec" else blank) for name, runs in kinds.items()
-    ]
-
-
-def main() -> None:
+def main(root: Path = ROOT) -> None:
     """Read, arrange and write."""
-    head = ["what", "seeds", *METRICS, "worst client's ndcg@10", "rounds or epochs", "minutes a seed"]
-    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
-    notes = []
-    for path in sorted((ROOT / "results").glob("*.json")):
-        told = json.loads(path.read_text(encoding="utf-8"))
-        where = f"{told['machine']['processor']}, {told['machine']['threads']} threads"
-        if "sasrec" in told:
-            lines += other_rows(told)
-            tried = ", ".join(f"{own['ndcg']:.4f}" for own in told["sasrec"]["tried"])
-            notes.append(
-                f"- sasrec (`results/{path.name}`, {told['requirements'][0]}): {told['users']} test users; settings "
-                f"by validation NDCG@10 out of {len(told['sasrec']['tried'])} ({tried}): `{told['sasrec']['chosen']}`; "
-                f"{where}."
-            )
-        else:
-            lines += training_rows(path.stem, told)
-            options = " ".join(f"--set {own}" for own in told["set"])
-            notes.append(f"- {path.stem}: `pplr train {told['config']} {options}`; {where}.")
-    text = (
-        "# Results\n\nWritten by `python -m benchmarks.results` from `results/*.json`, which come from "
-        "`python -m benchmarks.quality` and `python -m benchmarks.sasrec`. Leave-one-out on MovieLens-100K, full "
-        "catalog, history masked; means "
-        "over seeds with 95 % intervals (Student's t).\n\n" + "\n".join(lines) + "\n\n" + "\n".join(notes) + "\n"
-    )
-    (ROOT / "docs" / "results.md").write_text(text, encoding="utf-8")
+    docs = root / "docs"
+    try:
+        text = page("Results", OPENING, sections_of(root / "results"), docs / "results_text")
+        write_atomic(docs / "results.md", text.encode())
+    except PplrError as error:
+        sys.exit(f"error: {error}")
     print("wrote docs/results.md")
 
 

@@ -8,6 +8,7 @@ measures it, as it measures everything else. What comes out goes to ``results/``
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 from benchmarks.measuring import quality_parser, write_quality
 from pplr.config import load_config
+from pplr.data.holdout import Holdout
 from pplr.data.prompts import Case
 from pplr.recommend.evaluation import evaluate
 from pplr.recommend.floors import fit_floor
@@ -64,26 +66,46 @@ def environment() -> str:
     return str(python)
 
 
-def main() -> None:
-    """Train, measure and write ``results/NAME.json``."""
-    parser = quality_parser(__doc__)
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    widths: Sequence[int] = WIDTHS,
+    dropouts: Sequence[float] = DROPOUTS,
+    lengths: Sequence[int] = LENGTHS,
+) -> None:
+    """Add how SASRec is trained, and which settings are tried."""
     parser.add_argument("--check-every", type=int, default=5, help="epochs between two looks at validation")
     parser.add_argument("--patience", type=int, default=3, help="looks without a better one")
     parser.add_argument("--most-epochs", type=int, default=150)
-    parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS)
-    parser.add_argument("--dropouts", nargs="+", type=float, default=DROPOUTS)
-    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
-    arguments = parser.parse_args()
-    python = environment()
-    config = load_config(arguments.config, arguments.overrides)
-    data = load_run_data(config)
-    items = len(data.dataset.catalog)
-    cases = [case for own in data.test.values() for case in own]
+    parser.add_argument("--widths", nargs="+", type=int, default=widths)
+    parser.add_argument("--dropouts", nargs="+", type=float, default=dropouts)
+    parser.add_argument("--lengths", nargs="+", type=int, default=lengths)
+
+
+def histories_of(holdout: Holdout, cases: Sequence[Case]) -> dict[int, list[int]]:
+    """Tell what each tested user took before, each item once, in order of time."""
+    return {case.user: list(dict.fromkeys(holdout.history(case.user, "test").tolist())) for case in cases}
+
+
+def fit_sasrec(
+    holdout: Holdout, cases: Sequence[Case], items: int, seeds: Sequence[int], arguments: argparse.Namespace
+) -> tuple[dict[int, Scored], dict[str, Any]]:
+    """Train SASRec with some seeds, the settings chosen by validation with the first.
+
+    Args:
+        holdout: Train and validation are read.
+        cases: Whom to score for.
+        items: N.
+        seeds: Seeds.
+        arguments: Those of :func:`add_arguments`.
+
+    Returns:
+        A ranker for each seed, and what was tried and chosen.
+    """
     told: dict[str, Any] = {
         "items": items,
-        "train": [own.tolist() for own in data.holdout.train],
-        "validation": [int(own[0]) if len(own) else None for own in data.holdout.validation],
-        "test_histories": {case.user: list(case.seen) for case in cases},
+        "train": [own.tolist() for own in holdout.train],
+        "validation": [int(own[0]) if len(own) else None for own in holdout.validation],
+        "test_histories": histories_of(holdout, cases),
         "settings": [
             {
                 "n_factors": w,
@@ -96,22 +118,33 @@ def main() -> None:
             }
             for w, d, n in itertools.product(arguments.widths, arguments.dropouts, arguments.lengths)
         ],
-        "seeds": arguments.seeds,
+        "seeds": seeds,
         "check_every": arguments.check_every,
         "patience": arguments.patience,
         "most_epochs": arguments.most_epochs,
     }
+    python = environment()
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "histories.json", Path(folder) / "scores.npz"
         source.write_text(json.dumps(told), encoding="utf-8")
         command = [python, str(Path(__file__).with_name("rectools_sasrec.py")), str(source), str(out)]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": ""})
         with np.load(out) as tables:
-            summary = json.loads(str(tables["summary"]))
-            rankers = {
-                f"sasrec, seed {s}": Scored(tables[f"seed_{s}"], [c.user for c in cases]) for s in arguments.seeds
-            }
-    measured: dict[str, Any] = dict(rankers)
+            users = [case.user for case in cases]
+            return {seed: Scored(tables[f"seed_{seed}"], users) for seed in seeds}, json.loads(str(tables["summary"]))
+
+
+def main() -> None:
+    """Train, measure and write ``results/NAME.json``."""
+    parser = quality_parser(__doc__)
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    config = load_config(arguments.config, arguments.overrides)
+    data = load_run_data(config)
+    items = len(data.dataset.catalog)
+    cases = [case for own in data.test.values() for case in own]
+    rankers, summary = fit_sasrec(data.holdout, cases, items, arguments.seeds, arguments)
+    measured: dict[str, Any] = {f"sasrec, seed {seed}": own for seed, own in rankers.items()}
     for name in config.evaluation.floors:
         measured[name] = fit_floor(name, data.holdout, items, config.run.seed)
     evaluations = {
@@ -119,6 +152,8 @@ def main() -> None:
         for name, ranker in measured.items()
     }
     result = {
+        "config": str(arguments.config),
+        "set": arguments.overrides,
         "holdout_sha256": data.holdout.sha256,
         "users": len(cases),
         "requirements": REQUIREMENTS,

@@ -46,13 +46,18 @@ class _Section(BaseModel):
 class HoldoutConfig(_Section):
     """How each user's history is divided in time into train, validation and test."""
 
-    kind: Literal["leave_one_out", "global_time", "user_ratio"] = "leave_one_out"
+    kind: Literal["leave_one_out", "global_time", "user_ratio", "unseen_items", "new_users"] = "leave_one_out"
     """`leave_one_out`: each user's last item is the test target, the one before it the validation target.
     `global_time`: all interactions in order of time, cut at `ratios` (the paper's 8:1:1).
-    `user_ratio`: each user's own history, cut at `ratios`. Ties in time keep the order of the input."""
+    `user_ratio`: each user's own history, cut at `ratios`. Ties in time keep the order of the input.
+    `unseen_items`: a `share` of the items, drawn by the seed, is in no history, and each user's newest of them is the
+    test target. `new_users`: of a `share` of the users the first item alone is known, and the second is the target."""
 
     ratios: tuple[float, float, float] = (8.0, 1.0, 1.0)
     """Shares of train, validation and test for `global_time` and `user_ratio`; only their proportion matters."""
+
+    share: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the items for `unseen_items`, of the users for `new_users`."""
 
     @model_validator(mode="after")
     def _positive(self) -> Self:
@@ -320,8 +325,9 @@ class FederationConfig(_Section):
     participation: float = Field(default=1.0, gt=0, le=1)
     """Share of the clients that train in each server round."""
 
-    similarity: Literal["adapters", "updates", "products"] = "adapters"
-    """What the cosine compares: the adapters (the paper's), what training changed in them, or the products BA."""
+    similarity: Literal["adapters", "updates", "products", "none"] = "adapters"
+    """What the cosine compares: the adapters (the paper's), what training changed in them, or the products BA;
+    `none` takes all clients for equally similar."""
 
     temperature: float = Field(default=0.05, gt=0)
     """τ of the softmax that shares the loss out among clients."""

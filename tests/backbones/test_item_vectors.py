@@ -90,6 +90,25 @@ def test_the_loss_is_that_of_plain_loops() -> None:
     assert float(model.evaluation_loss(batch)) == pytest.approx(total, rel=1e-5)
 
 
+def test_items_that_are_left_out_have_no_part_in_training() -> None:
+    backbone = make()
+    model = client(backbone)
+    batch = backbone.collate(backbone.encode([Sample(0, (1, 2), 3, every=True)], tiny_catalog(), 3))
+    ends, states = model.output_end, model.hidden_states(batch)
+    whole = backbone.loss(states, batch, ends)
+    backbone.leave_out([0, 5])
+    with torch.no_grad():
+        assert torch.equal(backbone.loss(states, batch, ends), whole)  # what is measured stays the full catalog
+    found = backbone.loss(states, batch, ends)
+    queries = backbone.queries(states[0, :2], ends)
+    kept = [item for item in range(len(tiny_catalog())) if item not in (0, 5)]
+    scores = queries @ backbone.items(ends)[kept].t() / backbone.config.temperature
+    expected = -sum(scores.log_softmax(-1)[place, kept.index(item)] for place, item in enumerate((2, 3)))
+    torch.testing.assert_close(found, expected)
+    backbone.leave_out([])
+    assert torch.equal(backbone.loss(states, batch, ends), whole)
+
+
 def test_a_position_sees_nothing_of_what_comes_after() -> None:
     backbone = make()
     model = client(backbone)

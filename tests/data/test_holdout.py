@@ -103,3 +103,55 @@ def test_the_hash_follows_ids_and_not_numbers(make_dataset: Make) -> None:
     assert of(("b", "a"), ("z", "y", "x"), [[0, 1, 2], [2, 1, 0]]) == one
     assert of(("a", "b"), ("x", "y", "z"), [[1, 0, 2], [2, 1, 0]]) != one
     assert of(("a", "c"), ("x", "y", "z"), [[0, 1, 2], [2, 1, 0]]) != one
+
+
+@given(drawn=histories, share=st.floats(0.05, 0.9), seed=st.integers(0, 99))
+def test_unseen_items_are_in_no_history(make_dataset: Make, drawn: list[list[int]], share: float, seed: int) -> None:
+    drawn = [*drawn, list(range(7)), list(range(6, -1, -1))]  # whatever is drawn, someone took another item before it
+    holdout = make_holdout(make_dataset(drawn, items=9), HoldoutConfig(kind="unseen_items", share=share), seed)
+    taken = {item for items in drawn for item in items}
+    unseen = set(holdout.unseen)
+    assert len(unseen) == max(1, round(len(taken) * share))
+    assert unseen < taken
+    for user, items in enumerate(drawn):
+        train, validation, test = _lists(holdout, user)
+        known = [(place, item) for place, item in enumerate(items) if item not in unseen]
+        places = [
+            place
+            for place, item in enumerate(items)
+            if item in unseen and item not in items[:place] and known and known[0][0] < place
+        ]
+        if places:
+            known = [(place, item) for place, item in known if place < places[-1]]
+        history = [item for _, item in known]
+        assert train + validation == history
+        assert len(validation) == (len(history) > 1)
+        assert test == [items[place] for place in places[-1:]]
+        masked = holdout.not_recommended(user, "test")
+        assert masked == [item for item in items[: places[-1] if places else 0] if item in unseen]
+        assert set(holdout.not_recommended(user, "validation")) == unseen
+
+
+@given(drawn=histories, share=st.floats(0.05, 0.9), seed=st.integers(0, 99))
+def test_of_new_users_one_item_is_known(make_dataset: Make, drawn: list[list[int]], share: float, seed: int) -> None:
+    drawn = [*drawn, [0, 1], [3, 2, 1]]
+    holdout = make_holdout(make_dataset(drawn), HoldoutConfig(kind="new_users", share=share), seed)
+    could = [user for user, items in enumerate(drawn) if len(items) > 1]
+    new = [user for user in range(len(drawn)) if len(holdout.test[user])]
+    assert set(new) <= set(could)
+    assert len(new) == max(1, round(len(could) * share))
+    for user, items in enumerate(drawn):
+        if user in new:
+            expected: tuple[list[int], list[int], list[int]] = (items[:1], [], items[1:2])
+        else:
+            expected = (items[:-1], items[-1:], []) if len(items) > 2 else (items, [], [])
+        assert _lists(holdout, user) == expected
+
+
+@pytest.mark.parametrize("kind", ["unseen_items", "new_users"])
+def test_what_is_drawn_follows_the_seed(make_dataset: Make, kind: str) -> None:
+    dataset = make_dataset([list(range(user, user + 9)) for user in range(20)])
+    config = HoldoutConfig.model_validate({"kind": kind, "share": 0.3})
+    hashes = [make_holdout(dataset, config, seed).sha256 for seed in (0, 0, 1, 2)]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3

@@ -62,6 +62,20 @@ def test_targets_taken_before_or_twice(make_dataset: Make) -> None:
     assert left_out == 1
 
 
+def test_unseen_items_are_masked_until_they_can_be_recommended(make_dataset: Make) -> None:
+    dataset = make_dataset([[0, 1, 2, 3, 4], [4, 3, 2, 1, 0]] * 3)
+    holdout = make_holdout(dataset, HoldoutConfig(kind="unseen_items", share=0.4), seed=1)
+    for case in evaluation_cases(holdout, range(6), "test", 5)[0]:
+        own = dataset.histories[case.user].tolist()
+        (target,) = case.targets
+        assert target in holdout.unseen
+        assert set(case.seen) == set(own[: own.index(target)])
+        assert not set(case.history) & set(holdout.unseen)
+    validation = evaluation_cases(holdout, range(6), "validation", 5)[0]
+    assert validation
+    assert all(set(holdout.unseen) <= set(case.seen) for case in validation)
+
+
 @given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=6), total=st.integers(1, 80), seed=st.integers(0, 5))
 def test_draws_are_proportional(sizes: list[int], total: int, seed: int) -> None:
     groups = [[Sample(client, (0,), index) for index in range(size)] for client, size in enumerate(sizes)]

@@ -102,7 +102,7 @@ def describe_data(config: ConfigPath = None, settings: Settings = None) -> None:
     screen = Screen()
     with screen.busy(f"reading {chosen.data.source}"):
         dataset = load_dataset(chosen.data, notify=screen.line)
-        holdout = make_holdout(dataset, chosen.data.holdout)
+        holdout = make_holdout(dataset, chosen.data.holdout, chosen.run.seed)
     failure, partition = None, None
     with screen.busy("sharing users out among clients"):
         try:

@@ -194,6 +194,9 @@ class Backbone(ABC):
             read: Turns S texts into (S, D) states of the base model, averaged over a text's tokens.
         """
 
+    def leave_out(self, items: Sequence[int]) -> None:  # noqa: B027
+        """Take items for unknown while training, so that no loss tells targets apart from them; nothing by default."""
+
     def end_shapes(self, end: End) -> dict[str, tuple[int, ...]]:
         """Say what is trained outside the blocks at one end, by its name in an adapter; nothing by default."""
         return {}

@@ -106,6 +106,7 @@ class ItemVectors(MatchingBackbone):
         self.total_layers, self.hidden_size = text.total_layers, text.hidden_size
         self.dtype, self.device = text.dtype, text.device
         self._vectors: Tensor | None = None
+        self._left_out = torch.zeros(0, dtype=torch.bool)
 
     @classmethod
     def load(cls, config: BackboneConfig, notify: Callable[[str], None] = lambda _: None) -> ItemVectors:
@@ -145,6 +146,12 @@ class ItemVectors(MatchingBackbone):
         """Read every item's text once, by the base model."""
         vectors = read(item_texts(catalog, self.config.attributes))
         self._vectors = whiten(vectors, self.config.whitening).to(self.device)
+
+    def leave_out(self, items: Sequence[int]) -> None:
+        """Compare no target with these items while training."""
+        self._left_out = torch.zeros(len(self.vectors) if items else 0, dtype=torch.bool, device=self.device)
+        if items:
+            self._left_out[torch.tensor(items, device=self.device)] = True
 
     @property
     def vectors(self) -> Tensor:
@@ -248,4 +255,6 @@ class ItemVectors(MatchingBackbone):
         if chosen is not None:
             labels = torch.searchsorted(chosen, labels)
         scores = self.queries(before, ends) @ self.items(ends, chosen).t() / self.config.temperature
+        if torch.is_grad_enabled() and len(self._left_out):
+            scores = scores.masked_fill(self._left_out if chosen is None else self._left_out[chosen], -torch.inf)
         return F.cross_entropy(scores, labels, reduction="sum")

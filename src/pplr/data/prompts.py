@@ -52,7 +52,8 @@ class Case:
         user: The user's number.
         history: The newest item numbers before the part, oldest first.
         targets: Item numbers of the part, each once, in order of time; none of them is in ``seen``.
-        seen: Every item before the part, each once, in order of time: masked when ranking.
+        seen: Every item before the part, each once, in order of time, then what the holdout masks besides: masked when
+            ranking.
     """
 
     user: int
@@ -141,7 +142,7 @@ def evaluation_cases(
     for user in users:
         count += 1
         past = holdout.history(user, part).tolist()
-        seen = dict.fromkeys(past)
+        seen = dict.fromkeys([*past, *holdout.not_recommended(int(user), part)])
         targets = tuple(item for item in dict.fromkeys(getattr(holdout, part)[user].tolist()) if item not in seen)
         if past and targets:
             cases.append(Case(int(user), tuple(past[-history_items:]), targets, tuple(seen)))

@@ -53,7 +53,17 @@ def _gram_of_products(adapters: Sequence[AdapterState], initial: AdapterState) -
     return gram.numpy()
 
 
-SIMILARITIES = {"adapters": _gram_of_adapters, "updates": _gram_of_updates, "products": _gram_of_products}
+def _gram_of_nothing(adapters: Sequence[AdapterState], initial: AdapterState) -> Matrix:
+    """Every cosine is 1, so that heating alone decides."""
+    return np.ones((len(adapters), len(adapters)))
+
+
+SIMILARITIES = {
+    "adapters": _gram_of_adapters,
+    "updates": _gram_of_updates,
+    "products": _gram_of_products,
+    "none": _gram_of_nothing,
+}
 """What a cosine may compare."""
 
 
@@ -76,7 +86,8 @@ def similarity(adapters: Sequence[AdapterState], initial: AdapterState, *, of: s
     Args:
         adapters: C states with the same names.
         initial: The adapter that all clients started from.
-        of: What x is: ``adapters`` (θ, the paper's), ``updates`` (θ − θ_initial) or ``products`` (BA).
+        of: What x is: ``adapters`` (θ, the paper's), ``updates`` (θ − θ_initial), ``products`` (BA), or ``none``
+            (a constant, so S = 1).
 
     Returns:
         S, (C, C), symmetric, in [0, 1], with ones on the diagonal. Where one x is zero its cosine is taken as 0, and

@@ -89,7 +89,7 @@ def load_run_data(config: Config, notify: Callable[[str], None] = lambda _: None
         PartitionError: A client would have no training samples.
     """
     dataset = load_dataset(config.data, notify=notify)
-    holdout = make_holdout(dataset, config.data.holdout)
+    holdout = make_holdout(dataset, config.data.holdout, config.run.seed)
     seed, items = config.run.seed, config.data.history_items
     partition = make_partition(dataset, holdout, config.data.partition, config.federation.clients, seed)
     trains_on = backbone_kind(config.backbone.name).trains_on
@@ -161,6 +161,7 @@ class Assembly:
         self._connections = self._connect(stage_server)
         self._models: dict[CutPlan, CutModel] = {}
         self.backbone.prepare(self.data.dataset.catalog, self._read_texts)
+        self.backbone.leave_out(self.data.holdout.unseen)
         self.model = self._model(self.plan)
         self.initial: AdapterState = self.model.initial_adapter(config.run.seed)
 
