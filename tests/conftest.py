@@ -15,7 +15,7 @@ from pplr.config import Config, PromptConfig, load_config
 from pplr.runtimes.in_process import train
 from pplr.runtimes.run import Run
 from pplr.storage import cache_dir
-from pplr.testing import tiny_decoder, tiny_tokenizer
+from pplr.testing import tiny_decoder, tiny_encoder, tiny_tokenizer
 
 settings.register_profile("shared machine", deadline=None)  # a slow first call is no defect
 settings.load_profile("shared machine")
@@ -106,6 +106,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same decoder and tokenizer as a folder that any process can load."""
     folder = tmp_path_factory.mktemp("model") / "tiny-llama"
     tiny_decoder(layers=3, width=16).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random encoder of three blocks and its tokenizer as a folder that any process can load."""
+    folder = tmp_path_factory.mktemp("model") / "tiny-bert"
+    tiny_encoder(num_hidden_layers=3, hidden_size=16).model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

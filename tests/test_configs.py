@@ -14,7 +14,7 @@ from pplr.stages.cut import CutPlan
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-LAYERS = {"smollm2-135m": 30}
+LAYERS = {"smollm2-135m": 30, "minilm-l6": 6}
 
 
 def test_the_promised_configurations_are_there() -> None:
@@ -24,6 +24,8 @@ def test_the_promised_configurations_are_there() -> None:
         "games_pplr.yaml",
         "movielens_item_vectors.yaml",
         "games_item_vectors.yaml",
+        "movielens_recformer.yaml",
+        "games_recformer.yaml",
     } <= {path.name for path in CONFIGS}
 
 
@@ -41,17 +43,19 @@ def test_a_shipped_configuration_is_valid_and_names_what_exists(path: Path) -> N
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_shipped_configuration_trains_when_its_data_and_model_are_made_small(
-    path: Path, data_folder: Path, model_folder: Path, tmp_path: Path
+    path: Path, data_folder: Path, model_folder: Path, encoder_folder: Path, tmp_path: Path
 ) -> None:
     import pplr
 
+    is_encoder = load_config(path).backbone.name == "encoder"
     config = load_config(
         path,
         [
             "data.source=recbole",
             f"data.path={data_folder}",
             "data.partition={by: column, column: region, min_users: 1}",
-            f"backbone.model={model_folder}",
+            f"backbone.model={encoder_folder if is_encoder else model_folder}",
+            *(["backbone.encoder.attributes=[]", "backbone.max_tokens=128"] if is_encoder else []),
             "backbone.keep_blocks=null",
             "cut={input_layers: 1, output_layers: 1}",
             "federation.clients=3",

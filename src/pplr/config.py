@@ -155,6 +155,9 @@ class ItemVectorsConfig(_Section):
     temperature: float = Field(default=0.05, gt=0)
     """τ by which cosines are divided before the softmax over the catalog."""
 
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of what enters the first block that is dropped in training; `adapter.dropout` is LoRA's own."""
+
     negatives: int | None = Field(default=None, ge=1)
     """Items that a batch's targets are compared with, drawn anew for each batch; the whole catalog when absent."""
 

@@ -386,10 +386,10 @@ def test_the_first_blocks_alone_can_be_used(tmp_path) -> None:
 def test_what_does_not_fit_is_refused(tmp_path) -> None:
     folder = saved(tmp_path / "bert")
     with refuses(ConfigError, "backbone.max_tokens is 512, and the model has 160 positions"):
-        load_backbone(BackboneConfig(name="encoder", model=str(folder)))
+        prepared(load_backbone(BackboneConfig(name="encoder", model=str(folder))))
     roberta = saved(tmp_path / "roberta", "roberta")
     with refuses(ConfigError, "backbone.max_tokens is 159, and the model has 158 positions"):
-        load_backbone(BackboneConfig(name="encoder", model=str(roberta), max_tokens=159))
+        prepared(load_backbone(BackboneConfig(name="encoder", model=str(roberta), max_tokens=159)))
     (folder / "model.safetensors").unlink()
     with refuses(BackboneError, "cannot load the model"):
         load(folder)

@@ -56,7 +56,7 @@ class TestItemVectorsOnQwen3(TestItemVectorsOnLlama):
 
 class TestItemVectorsWithResidualsAndNegatives(TestItemVectorsOnLlama):
     def make(self) -> ItemVectors:
-        return make("llama", ItemVectorsConfig(width=8, residuals="mixed", negatives=3))
+        return make("llama", ItemVectorsConfig(width=8, residuals="mixed", negatives=3, dropout=0.3))
 
     def test_padding_changes_nothing(self) -> None:
         """Negatives are drawn for each batch while it trains; without gradients the whole catalog is compared."""

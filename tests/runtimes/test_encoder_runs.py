@@ -21,7 +21,6 @@ from pplr.runtimes.identity import enroll_client, init_federation, read_server
 from pplr.runtimes.in_process import evaluate_run, train
 from pplr.runtimes.run import open_run
 from pplr.runtimes.stage_server import StageServer
-from pplr.testing import tiny_encoder, tiny_tokenizer
 
 SETTINGS = (
     "backbone.name=encoder",
@@ -32,14 +31,6 @@ SETTINGS = (
 )
 CLIENTS = ("0", "1", "2")
 TABLE = "catalog.items"
-
-
-@pytest.fixture(scope="module")
-def encoder_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny-bert"
-    tiny_encoder(num_hidden_layers=3, hidden_size=16).model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ import itertools
 import pytest
 
 from pplr.backbones.base import load_backbone
-from pplr.backbones.bundles import write_bundles
+from pplr.backbones.bundles import ENCODERS, write_bundles
 from pplr.config import AdapterConfig, BackboneConfig, TrainingConfig
 from pplr.errors import BackboneError, CutError, UnsupportedModelError
 from pplr.stages.cut import CutPlan
 from pplr.stages.model import CutModel
 from pplr.stages.planning import Workload, cut_cost, fitting, parse_bytes, read_sizes, usual_cuts
-from pplr.testing import refuses, tiny_decoder, tiny_tokenizer
+from pplr.testing import refuses, tiny_decoder, tiny_encoder, tiny_tokenizer
 
 ADAPTER = AdapterConfig(rank=2)
 WORKLOAD = Workload(samples=2, tokens=24, targets=6)
@@ -102,3 +102,18 @@ def test_what_cannot_be_planned_is_refused(tmp_path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with refuses(UnsupportedModelError, "gpt2"):
         read_sizes(tmp_path, "float32", ADAPTER, WORKLOAD)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_a_plan_for_an_encoder_is_what_its_bundle_takes(tmp_path, family) -> None:
+    source = tmp_path / "whole"
+    tiny_encoder(family).model.save_pretrained(source)
+    tiny_tokenizer().save_pretrained(source)
+    client, _ = write_bundles(source, tmp_path / "cut", input_layers=1, output_layers=1)
+    sizes = read_sizes(source, "float32", AdapterConfig(rank=2), WORKLOAD, measure_speed=True)
+    cost = cut_cost(sizes, CutPlan(1, 1, 4), WORKLOAD)
+    assert cost.stored_bytes == sum(tensor.nbytes for tensor in client.tensors().values())
+    assert cost.compute_share == pytest.approx(0.5)  # no head, and two blocks of four
+    assert sizes.adapter_numbers == 2 * 2 * (32 + 32)
+    assert cost.tokens_per_second is not None
+    assert cost.tokens_per_second > 0

@@ -229,12 +229,13 @@ class Backbone(ABC):
         return False
 
     @abstractmethod
-    def embed(self, input_ids: Tensor, ends: Mapping[str, Tensor]) -> Tensor:
+    def embed(self, input_ids: Tensor, ends: Mapping[str, Tensor], dropout_seed: int | None = None) -> Tensor:
         """Map token ids (B, T) to what enters the first block (B, T, D).
 
         Args:
             input_ids: Tokens, or whatever a batch of this backbone is made of.
             ends: What is trained at the input end; see :meth:`end_shapes`.
+            dropout_seed: Seed of this pass's dropout masks; absent is evaluation.
         """
 
     @abstractmethod

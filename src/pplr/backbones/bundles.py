@@ -31,6 +31,7 @@ __all__ = [
     "Bundle",
     "CheckpointReader",
     "base_fingerprint",
+    "block_number",
     "in_plain_layout",
     "is_bundle",
     "read_bundle",
@@ -136,10 +137,6 @@ class Bundle:
         return {name: tensor for file in files for name, tensor in load_file(self.folder / file).items()}
 
 
-def _block_prefix(family: str) -> str:
-    return "encoder.layer" if family in ENCODERS else "model.layers"
-
-
 def _plain_name(name: str) -> str | None:
     """Name an encoder's tensor as the encoder alone does; heads and poolers are ``None``."""
     first, _, rest = name.partition(".")
@@ -147,6 +144,26 @@ def _plain_name(name: str) -> str | None:
     if plain.startswith(("encoder.", "embeddings.")) and not plain.endswith("position_ids"):
         return plain
     return None
+
+
+def block_number(name: str, family: str) -> int | None:
+    """Say which block of a checkpoint a tensor belongs to.
+
+    Returns:
+        Its number, ``None`` for a tensor of the ends, and -1 for one that the backbone does not use.
+
+    Example:
+        >>> block_number("model.layers.7.mlp.up_proj.weight", "llama"), block_number("lm_head.weight", "llama")
+        (7, None)
+        >>> block_number("bert.encoder.layer.3.output.dense.bias", "bert"), block_number("cls.bias", "bert")
+        (3, -1)
+    """
+    plain = _plain_name(name) if family in ENCODERS else name
+    if plain is None:
+        return -1
+    prefix = "encoder.layer." if family in ENCODERS else "model.layers."
+    number = plain.removeprefix(prefix).partition(".")[0]
+    return int(number) if plain.startswith(prefix) and number.isdigit() else None
 
 
 def in_plain_layout(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -261,19 +278,15 @@ def write_bundles(
     total = total_layers(source)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     reader = CheckpointReader(source)
-    is_encoder = config.get("model_type") in ENCODERS
-    prefix = _block_prefix(str(config.get("model_type"))) + "."
+    family = str(config.get("model_type"))
     by_block: dict[int, list[str]] = {block: [] for block in range(total)}
     ends: list[str] = []
     for name in sorted(reader.names):
-        plain = _plain_name(name) if is_encoder else name
-        number = "" if plain is None else plain.removeprefix(prefix).partition(".")[0]
-        if plain is None:
-            continue
-        if plain.startswith(prefix) and number.isdigit() and int(number) in by_block:
-            by_block[int(number)].append(name)
-        else:
+        number = block_number(name, family)
+        if number is None:
             ends.append(name)
+        elif number in by_block:
+            by_block[number].append(name)
     if missing := [block for block, names in by_block.items() if not names]:
         raise BackboneError(f"{source} has no tensors of block {missing[0]}", cure="Fetch the model again.")
     own = {*range(input_layers), *range(total - output_layers, total)}
@@ -283,7 +296,7 @@ def write_bundles(
 
     def write(role: str, file: str, names: Iterable[str]) -> None:
         held = {name: t if dtype is None else t.to(getattr(torch, dtype)) for name, t in reader.tensors(names)}
-        if is_encoder:
+        if family in ENCODERS:
             held = in_plain_layout(held)
         content = save(held, metadata={"format": "pt"})
         write_atomic(folders[role] / file, content)

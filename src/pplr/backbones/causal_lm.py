@@ -285,7 +285,9 @@ class CausalLM(Backbone):
 
     # -- tokens to states, states to loss ---------------------------------------------------------------------
 
-    def embed(self, input_ids: Tensor, ends: Mapping[str, Tensor] | None = None) -> Tensor:
+    def embed(
+        self, input_ids: Tensor, ends: Mapping[str, Tensor] | None = None, dropout_seed: int | None = None
+    ) -> Tensor:
         """Look up token embeddings: (B, T) -> (B, T, D)."""
         return self.model.model.embed_tokens(input_ids)
 

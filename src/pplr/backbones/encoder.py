@@ -176,7 +176,6 @@ class Encoder(MatchingBackbone):
 
     Raises:
         UnsupportedModelError: The model's family is not verified.
-        ConfigError: The model has fewer positions than ``max_tokens``.
 
     Cites:
         li2023recformer
@@ -204,12 +203,6 @@ class Encoder(MatchingBackbone):
                 cure=f"Choose a model of one of these families: {', '.join(FAMILIES)}.",
             )
         self._first_position = 0 if held.model_type == "bert" else held.pad_token_id + 1
-        positions = held.max_position_embeddings - self._first_position
-        if max_tokens > positions:
-            raise ConfigError(
-                f"backbone.max_tokens is {max_tokens}, and the model has {positions} positions",
-                cure=f"Set backbone.max_tokens to at most {positions}.",
-            )
         self.model = model.eval().requires_grad_(False)
         self.config = config or EncoderConfig()
         self.max_tokens, self.folder = max_tokens, folder
@@ -220,6 +213,7 @@ class Encoder(MatchingBackbone):
         self.dtype = table.dtype if not table.is_meta else layers[0].dtype
         self.device = table.device if not table.is_meta else layers[0].device
         self._items: list[tuple[tuple[int, ...], tuple[int, ...]]] | None = None
+        self._left_out = torch.zeros(0, dtype=torch.bool)
         self._tables: OrderedDict[str, Tensor] = OrderedDict()
         if tokenizer is not None:
             first = tokenizer.cls_token_id
@@ -268,9 +262,20 @@ class Encoder(MatchingBackbone):
     # -- items ------------------------------------------------------------------------------------------------
 
     def prepare(self, catalog: Catalog, read: Callable[[Sequence[str]], Tensor]) -> None:
-        """Turn every item's attributes into tokens once; nothing is read by the model yet."""
+        """Turn every item's attributes into tokens once; nothing is read by the model yet.
+
+        Raises:
+            ConfigError: The model has fewer positions than ``max_tokens``, or the catalog not every attribute.
+            DataError: An item alone is too long.
+        """
         if self._tokenizer is None:
             raise BackboneError(f"{self.folder} is a server's bundle and handles no text", cure="Use the client's.")
+        positions = self.model.config.max_position_embeddings - self._first_position
+        if self.max_tokens > positions:
+            raise ConfigError(
+                f"backbone.max_tokens is {self.max_tokens}, and the model has {positions} positions",
+                cure=f"Set backbone.max_tokens to at most {positions}.",
+            )
         fields = item_fields(catalog, self.config.attributes)
         distinct = list(dict.fromkeys(text for own in fields for pair in own for text in pair))
         rows = self._tokenizer(distinct, add_special_tokens=False, truncation=False).input_ids
@@ -291,6 +296,12 @@ class Encoder(MatchingBackbone):
             items.append((tuple(ids), tuple(types)))
         self._items = items
         self._tables.clear()
+
+    def leave_out(self, items: Sequence[int]) -> None:
+        """Compare no target with these items while training."""
+        self._left_out = torch.zeros(len(self._texts) if items else 0, dtype=torch.bool, device=self.device)
+        if items:
+            self._left_out[torch.tensor(items, device=self.device)] = True
 
     @property
     def _texts(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -405,7 +416,7 @@ class Encoder(MatchingBackbone):
 
     # -- tokens to states, states to scores -------------------------------------------------------------------
 
-    def embed(self, input_ids: Tensor, ends: Mapping[str, Tensor]) -> Tensor:
+    def embed(self, input_ids: Tensor, ends: Mapping[str, Tensor], dropout_seed: int | None = None) -> Tensor:
         """Embed tokens with their positions, types and item positions: (B, T, 3) -> (B, T, D)."""
         own = self.model.embeddings
         tokens, types, places = input_ids.unbind(-1)
@@ -447,6 +458,8 @@ class Encoder(MatchingBackbone):
         if chosen is not None:
             labels = torch.searchsorted(chosen, labels)
         scores = self.queries(self.pool(hidden_states, batch), ends) @ self.items(ends, chosen).t()
+        if torch.is_grad_enabled() and len(self._left_out):
+            scores = scores.masked_fill(self._left_out if chosen is None else self._left_out[chosen], -torch.inf)
         return F.cross_entropy(scores / self.config.temperature, labels, reduction="sum")
 
 

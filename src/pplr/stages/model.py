@@ -183,7 +183,7 @@ class ClientModel:
 
     def train_loss(self, batch: Batch, dropout_seed: int) -> Tensor:
         """Sum the loss over a batch's targets, ready for ``backward``, which crosses the cut again."""
-        states = self.backbone.embed(batch.input_ids, self._members[0].ends)  # (B, T) -> (B, T, D)
+        states = self.backbone.embed(batch.input_ids, self._members[0].ends, dropout_seed)  # (B, T) -> (B, T, D)
         call = StageCall(dropout_seed=dropout_seed, lengths=batch.lengths)
         states = self._stages[0].run(self._members[0], states, call)
         if self.transport is not None:

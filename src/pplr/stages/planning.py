@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from pplr.backbones.adapters import inject_adapter
-from pplr.backbones.bundles import CheckpointReader
+from pplr.backbones.base import Blocks
+from pplr.backbones.bundles import ENCODERS, CheckpointReader, block_number
 from pplr.backbones.causal_lm import FAMILIES, DecoderBlocks
+from pplr.backbones.encoder import EncoderBlocks
+from pplr.backbones.loading import DECODER, ENCODER, attention_of
 from pplr.config import AdapterConfig
 from pplr.errors import BackboneError, CutError, UnsupportedModelError
 from pplr.stages.cut import CutPlan
@@ -50,8 +53,8 @@ class ModelSizes:
         ends_bytes: Embeddings, norm and head.
         block_bytes: Each block, L values.
         block_flops: Multiply-adds of one block for one token, times two, without attention's own products.
-        head_flops: Those of the head.
-        vocabulary: V.
+        head_flops: Those of the head; an encoder has none.
+        vocabulary: V, where there is a head; else 0.
         adapter_numbers: LoRA numbers of one block.
         saved_bytes: What one block keeps for the backward pass, for each token; measured.
         seconds: Of one block and of the head, for each token forward and backward; ``None`` when not measured.
@@ -98,7 +101,7 @@ def read_sizes(
     """Read a checkpoint's sizes without loading it, and measure one block of its shape with random numbers.
 
     Args:
-        folder: An HF folder of a decoder of the Llama-like layout.
+        folder: An HF folder of a decoder of the Llama-like layout, or of an encoder of the BERT layout.
         dtype: The number format that it would be held in.
         adapter: LoRA's settings.
         workload: The batch that is measured.
@@ -115,22 +118,24 @@ def read_sizes(
             f"cannot read the model {folder}: {' '.join(str(error).split())[:200]}",
             cure="Give a folder of an HF model.",
         ) from error
-    if config.model_type not in FAMILIES:
+    families = (*FAMILIES, *ENCODERS)
+    if config.model_type not in families:
         raise UnsupportedModelError(
             f"{folder} is of the family {config.model_type!r}, which is not verified",
-            cure=f"Choose a model of one of these families: {', '.join(FAMILIES)}.",
+            cure=f"Choose a model of one of these families: {', '.join(families)}.",
         )
     itemsize = getattr(torch, dtype).itemsize
     shapes = CheckpointReader(folder).shapes()
     by_block = [0] * config.num_hidden_layers
     ends, block_flops = 0, 0
     for name, shape in shapes.items():
-        parts = name.split(".")
-        if parts[:2] == ["model", "layers"]:
-            by_block[int(parts[2])] += math.prod(shape) * itemsize
-            block_flops += 2 * math.prod(shape) if parts[2] == "0" and len(shape) == 2 else 0
-        else:
+        block = block_number(name, config.model_type)
+        if block is None:
             ends += math.prod(shape) * itemsize
+        elif block >= 0:
+            by_block[block] += math.prod(shape) * itemsize
+            block_flops += 2 * math.prod(shape) if block == 0 and len(shape) == 2 else 0
+    vocabulary = 0 if config.model_type in ENCODERS else config.vocab_size
     saved, numbers, seconds = _measure(config, dtype, adapter, workload, measure_speed)
     return ModelSizes(
         total_layers=config.num_hidden_layers,
@@ -139,8 +144,8 @@ def read_sizes(
         ends_bytes=ends,
         block_bytes=tuple(by_block),
         block_flops=block_flops,
-        head_flops=2 * config.hidden_size * config.vocab_size,
-        vocabulary=config.vocab_size,
+        head_flops=2 * config.hidden_size * vocabulary,
+        vocabulary=vocabulary,
         adapter_numbers=numbers,
         saved_bytes=saved,
         seconds=seconds,
@@ -194,10 +199,17 @@ def _measure(
     if getattr(one, "layer_types", None) is not None:
         one.layer_types = list(config.layer_types[:1])
     vocabulary, one.vocab_size = config.vocab_size, 8
-    one.pad_token_id = one.bos_token_id = one.eos_token_id = None
+    is_encoder = config.model_type in ENCODERS
+    if getattr(one, "attention_window", None) is not None and not isinstance(one.attention_window, int):
+        one.attention_window = list(config.attention_window[:1])
+    one.bos_token_id = one.eos_token_id = None
+    one.pad_token_id = 0 if is_encoder else None
     number_format = getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_config(one, dtype=number_format, attn_implementation="sdpa")
-    blocks = DecoderBlocks(model.model, one, range(1))
+    kind = ENCODER if is_encoder else DECODER
+    model = kind.auto.from_config(one, dtype=number_format, attn_implementation=attention_of(one), **kind.options)
+    blocks: Blocks = EncoderBlocks(model, one, range(1)) if is_encoder else DecoderBlocks(model.model, one, range(1))
+    if is_encoder and not set(adapter.target_modules) & {"query", "key", "value", "dense"}:
+        adapter = adapter.model_copy(update={"target_modules": ("query", "value")})  # q_proj and v_proj of an encoder
     slots = inject_adapter(blocks.layers, adapter, first_layer=0)
     slots.reseed(0)
     states = torch.randn(workload.samples, workload.tokens, config.hidden_size).to(number_format).requires_grad_()
@@ -216,9 +228,11 @@ def _measure(
     numbers = sum(math.prod(shape) for shape in slots.shapes.values())
     if not measure_speed:
         return sum(kept.values()) / tokens, numbers, None
-    head = torch.randn(config.hidden_size, vocabulary).to(number_format)
     leaving.sum().backward()
     block_seconds = min(_timed(lambda: blocks(states).sum().backward()) for _ in range(3)) / tokens
+    if is_encoder:
+        return sum(kept.values()) / tokens, numbers, (block_seconds, 0.0)
+    head = torch.randn(config.hidden_size, vocabulary).to(number_format)
     few = states.detach().reshape(-1, config.hidden_size)[: workload.samples * workload.targets].requires_grad_()
     head_seconds = min(_timed(lambda: (few @ head).float().logsumexp(-1).sum().backward()) for _ in range(3))
     return sum(kept.values()) / tokens, numbers, (block_seconds, head_seconds / len(few))
