@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_ARGS ?=
 RUN_DIR ?= runs/demo
+BACKBONE ?= item_vectors
+QUICKSTART := configs/quickstart$(if $(filter-out item_vectors,$(BACKBONE)),_$(BACKBONE)).yaml
 USER_ID ?= 50
 FUZZ_MESSAGES ?= 1000000
 
@@ -21,9 +23,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --editable '.[dev,network]'
 	@touch $@
 
-demo: $(VENV)/.installed ## Train five clients on MovieLens-100K with SmolLM2-135M, cut in two; then recommend.
+demo: $(VENV)/.installed ## Train five clients on MovieLens-100K, the model cut in two; then recommend. BACKBONE=causal_lm or encoder.
 	@rm -rf $(RUN_DIR)
-	$(BIN)/pplr train configs/quickstart.yaml --run-dir $(RUN_DIR)
+	$(BIN)/pplr train $(QUICKSTART) --run-dir $(RUN_DIR)
 	$(BIN)/pplr recommend $(RUN_DIR) --user $(USER_ID)
 
 test: check ## Run everything that CI runs.

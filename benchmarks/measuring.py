@@ -61,7 +61,7 @@ def real_batch(config: Config, backbone: Backbone, size: int) -> list[Any]:
 
 def quickstart(*overrides: str) -> Config:
     """Load the demo's configuration."""
-    return load_config(Path(__file__).parent.parent / "configs" / "quickstart.yaml", overrides)
+    return load_config(Path(__file__).parent.parent / "configs" / "quickstart_causal_lm.yaml", overrides)
 
 
 def backbone_of(config: Config) -> Backbone:

@@ -20,6 +20,8 @@ LAYERS = {"smollm2-135m": 30, "minilm-l6": 6}
 def test_the_promised_configurations_are_there() -> None:
     assert {
         "quickstart.yaml",
+        "quickstart_causal_lm.yaml",
+        "quickstart_encoder.yaml",
         "movielens_pplr.yaml",
         "games_pplr.yaml",
         "movielens_item_vectors.yaml",

@@ -28,7 +28,7 @@ def test_the_python_snippet_runs_as_it_stands(
     (tmp_path / "configs").mkdir()
     small = {
         "data": {"source": "recbole", "path": str(data), "partition": {"by": "random", "min_users": 1}},
-        "backbone": {"model": str(model_folder), "dtype": "float32"},
+        "backbone": {"name": "item_vectors", "model": str(model_folder), "dtype": "float32"},
         "cut": {"input_layers": 1, "output_layers": 1},
         "training": {"samples": 10},
         "evaluation": {"test_users": 4, "validation_users": 1, "max_new_tokens": 4},
