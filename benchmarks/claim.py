@@ -37,7 +37,8 @@ from benchmarks.records import (
     settings_of,
     write_record,
 )
-from pplr.config import Config, load_config
+from pplr.config import Config
+from pplr.config_files import load_config
 from pplr.errors import PplrError, RunError
 from pplr.runtimes.assembly import load_run_data
 from pplr.runtimes.run import open_run

@@ -24,7 +24,8 @@ from benchmarks.measuring import quality_parser, write_quality
 from benchmarks.quality import finish
 from benchmarks.sasrec import REQUIREMENTS, add_arguments, fit_sasrec
 from pplr.backbones.adapters import load_adapter
-from pplr.config import Config, load_config
+from pplr.config import Config
+from pplr.config_files import load_config
 from pplr.data.prompts import Case
 from pplr.errors import PplrError
 from pplr.recommend.evaluation import Ranker, evaluate

@@ -18,7 +18,8 @@ from typing import Any
 from benchmarks.measuring import at_least, backbone_of, spread, use_all_cores, write_result
 from pplr.backbones.base import Backbone, Batch
 from pplr.backbones.batching import bucketed_batches
-from pplr.config import Config, load_config
+from pplr.config import Config
+from pplr.config_files import load_config
 from pplr.recommend.generative import embed_texts
 from pplr.runtimes.assembly import load_run_data
 from pplr.stages.cut import CutPlan

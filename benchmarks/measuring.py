@@ -18,7 +18,8 @@ import torch
 import transformers
 
 from pplr.backbones.base import Backbone, load_backbone
-from pplr.config import Config, load_config
+from pplr.config import Config
+from pplr.config_files import load_config
 from pplr.runtimes.assembly import load_run_data
 
 RESULTS = Path(__file__).parent / "results"

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pplr.backbones.base import Backbone, Batch, load_backbone
 from pplr.backbones.causal_lm import EncodedSample
-from pplr.config import Config, load_config
+from pplr.config import Config
+from pplr.config_files import load_config
 from pplr.runtimes.connections import Connections
 from pplr.runtimes.memory import hand_back_large_blocks, peak_rss_bytes
 from pplr.stages.cut import CutPlan

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.measuring import quality_parser, write_quality
 from benchmarks.records import first_difference, settings_of
-from pplr.config import load_config
+from pplr.config_files import load_config
 from pplr.errors import PplrError, RunError
 
 ROOT = Path(__file__).parent.parent

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.tables import Section, command, known_interval, table, where
-from pplr.config import load_config
+from pplr.config_files import load_config
 
 METRICS = ("recall@10", "ndcg@10", "recall@20", "ndcg@20")
 HEAD = ("what", "seeds", *METRICS, "worst client's ndcg@10", "rounds or epochs", "minutes a seed")

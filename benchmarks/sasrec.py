@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.measuring import quality_parser, write_quality
-from pplr.config import load_config
+from pplr.config_files import load_config
 from pplr.data.holdout import Holdout
 from pplr.data.prompts import Case
 from pplr.recommend.evaluation import evaluate

@@ -11,7 +11,8 @@ import torch
 from hypothesis import settings
 
 from pplr.backbones.causal_lm import CausalLM
-from pplr.config import Config, PromptConfig, load_config
+from pplr.config import Config, PromptConfig
+from pplr.config_files import load_config
 from pplr.runtimes.in_process import train
 from pplr.runtimes.run import Run
 from pplr.storage import cache_dir

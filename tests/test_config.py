@@ -9,7 +9,8 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pplr.config import Config, DataConfig, config_template, load_config
+from pplr.config import Config, DataConfig
+from pplr.config_files import config_template, load_config
 from pplr.errors import ConfigError
 from pplr.testing import refuses
 

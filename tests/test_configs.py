@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pplr.config import Config, load_config
+from pplr.config import Config
+from pplr.config_files import load_config
 from pplr.data.sources import sources
 from pplr.federation.methods import make_method
 from pplr.recommend.floors import floor_names

@@ -14,7 +14,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pplr.config import Config, config_template, load_config
+    from pplr.config import Config
+    from pplr.config_files import config_template, load_config
     from pplr.errors import PplrError
     from pplr.runtimes.address import StageServerAt
     from pplr.runtimes.in_process import train
@@ -41,8 +42,8 @@ _HOME = {
     "Recommendation": "pplr.runtimes.run",
     "Run": "pplr.runtimes.run",
     "StageServerAt": "pplr.runtimes.address",
-    "config_template": "pplr.config",
-    "load_config": "pplr.config",
+    "config_template": "pplr.config_files",
+    "load_config": "pplr.config_files",
     "open_run": "pplr.runtimes.run",
     "train": "pplr.runtimes.in_process",
 }

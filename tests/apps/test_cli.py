@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from pplr import __version__
 from pplr.apps.cli import app
-from pplr.config import Config, load_config
+from pplr.config import Config
+from pplr.config_files import load_config
 from pplr.errors import PartitionError, RunError
 from pplr.runtimes.address import StageServerAt
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from pplr.backbones.base import load_backbone
 from pplr.backbones.bundles import write_bundles
 from pplr.backbones.encoder import EncodedUser, Encoder, item_fields
-from pplr.config import AdapterConfig, BackboneConfig, EncoderConfig, TrainingConfig, load_config
+from pplr.config import AdapterConfig, BackboneConfig, EncoderConfig, TrainingConfig
+from pplr.config_files import load_config
 from pplr.data.interactions import Catalog
 from pplr.data.prompts import Case, Sample
 from pplr.errors import BackboneError, ConfigError, DataError

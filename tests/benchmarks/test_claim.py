@@ -8,7 +8,7 @@ import pytest
 from benchmarks.claim import Claim, main, parse
 from benchmarks.claim_jobs import METHODS, PARTITIONS, Job
 from benchmarks.records import evaluation_of, read_record
-from pplr.config import load_config
+from pplr.config_files import load_config
 from pplr.errors import ConfigError, RunError
 from pplr.federation.methods import make_method
 from pplr.runtimes.in_process import train

@@ -8,7 +8,8 @@ import pytest
 from benchmarks import cold_start as module
 from benchmarks.cold_start import RANDOM, Among, expected, main
 from benchmarks.sasrec import Scored, histories_of
-from pplr.config import HoldoutConfig, load_config
+from pplr.config import HoldoutConfig
+from pplr.config_files import load_config
 from pplr.data.holdout import Holdout, make_holdout
 from pplr.data.prompts import Case
 from pplr.data.sources import load_dataset

@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks.measuring import quality_parser
 from benchmarks.quality import finish, train
 from benchmarks.sasrec import Scored
-from pplr.config import load_config
+from pplr.config_files import load_config
 from pplr.data.prompts import Case
 from pplr.errors import RunError
 from pplr.testing import refuses

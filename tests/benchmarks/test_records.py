@@ -12,7 +12,7 @@ from benchmarks.records import (
     settings_of,
     write_record,
 )
-from pplr.config import load_config
+from pplr.config_files import load_config
 from pplr.data.prompts import Case
 from pplr.errors import RunError
 from pplr.testing import refuses

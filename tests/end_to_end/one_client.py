@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save
 
-from pplr.config import load_config
+from pplr.config_files import load_config
 from pplr.progress import Silent
 from pplr.runtimes.address import StageServerAt
 from pplr.runtimes.assembly import Assembly

@@ -42,7 +42,7 @@ def train_in_fork(job: dict[str, Any], backbone: Any) -> dict[str, Any]:
 
 
 def train_here(job: dict[str, Any], backbone: Any) -> dict[str, Any]:
-    from pplr.config import load_config
+    from pplr.config_files import load_config
     from pplr.progress import Silent
     from pplr.runtimes.in_process import train
 

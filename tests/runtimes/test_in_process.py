@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 import pplr
-from pplr.config import load_config
+from pplr.config_files import load_config
 from pplr.data.prompts import Sample
 from pplr.errors import CutError, PartitionError, RunError, StorageError
 from pplr.runtimes.in_process import train

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pplr.config import load_config
+from pplr.config_files import load_config
 from pplr.errors import CheckpointError, PplrError, RunError, StorageError
 from pplr.federation.checkpoints import FORMAT
 from pplr.progress import Silent

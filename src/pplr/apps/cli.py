@@ -114,7 +114,7 @@ def train(
     """Train a federation, test it, and keep both in a run folder."""
     from pplr.apps.results import result_table
     from pplr.apps.terminal import Screen, TerminalProgress
-    from pplr.config import load_config
+    from pplr.config_files import load_config
 
     chosen = load_config(config, settings or ())
     folder = run_dir if run_dir is not None else Path("runs") / config.stem
@@ -235,7 +235,7 @@ def show_config(
     template: Annotated[bool, typer.Option("--template", help="Print every field with what it means.")] = False,
 ) -> None:
     """Print a template to start from, or a configuration with every field resolved."""
-    from pplr.config import config_template, load_config
+    from pplr.config_files import config_template, load_config
 
     if template:
         if config is not None or settings:

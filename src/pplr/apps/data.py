@@ -91,7 +91,7 @@ def describe_data(config: ConfigPath = None, settings: Settings = None) -> None:
     """Count what a configuration's data holds, and how large its clients are."""
     from pplr.apps.tables import Table
     from pplr.apps.terminal import Screen
-    from pplr.config import load_config
+    from pplr.config_files import load_config
     from pplr.data.describe import describe
     from pplr.data.holdout import make_holdout
     from pplr.data.partition import make_partition

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pplr.config import Config, load_config
+from pplr.config import Config
+from pplr.config_files import load_config
 from pplr.errors import ConfigError, DataError, PartitionError, RunError, nearest
 from pplr.progress import Progress, Silent
 from pplr.runtimes.address import StageServerAt
