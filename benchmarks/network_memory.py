@@ -6,6 +6,7 @@ python -m benchmarks.network_memory
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.deployment import Deployment, deployment
-from benchmarks.measuring import at_most, backbone_of, quickstart, real_batch, use_all_cores, write_result
+from benchmarks.measuring import RESULTS, at_most, backbone_of, quickstart, real_batch, use_all_cores, write_result
 from pplr.backbones.base import load_backbone
 from pplr.backbones.bundles import read_bundle
 from pplr.recommend.generation import generate
@@ -136,7 +137,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=50)
     parser.add_argument("--server-dtype", default="float32", help="of the sessions' base")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], help="of the clients' bases")
-    parser.add_argument("--only", choices=("client", "server"))
+    parser.add_argument("--only", choices=("client", "server"), help="client: keep what was written of the server")
     arguments = parser.parse_args()
     use_all_cores()
     baselines = {name: baseline(imports) for name, imports in BASELINES.items()}
@@ -155,7 +156,12 @@ def main() -> None:
     rows += [server.pop("row")] if server else []
     for row in rows:
         print(f"{row['name']} against {row['against']}: {row['ratio']:.3f}, met: {row['met']}")
-    if arguments.only is None:
+    if arguments.only == "client" and (path := RESULTS / "network_memory.json").exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))  # the server as it was measured before
+        server = kept["server"]
+        server["resident"] = {int(number): held for number, held in server["resident"].items()}
+        rows += [row for row in kept["rows"] if row["name"].startswith("server")]
+    if clients and server:
         notes = [f"a process that imports {name}: {held / 1e6:.0f} MB at its peak" for name, held in baselines.items()]
         notes += [
             f"client, {dtype}: {told['imported'] / 1e6:.0f} MB after imports, {told['loaded'] / 1e6:.0f} MB after "
@@ -164,10 +170,10 @@ def main() -> None:
             f"{told['activations'] / 1e6:.0f} MB; uncut {told['uncut_peak'] / 1e6:.0f} MB"
             for dtype, told in clients.items()
         ]
-        last = server["resident"][arguments.sessions]
+        sessions, last = max(server["resident"].items())
         notes.append(
             f"server, {arguments.server_dtype}: {server['idle'] / 1e6:.0f} MB before any session, {last / 1e6:.0f} MB "
-            f"after {arguments.sessions}; its base {server['base'] / 1e6:.0f} MB, one adapter with gradients and "
+            f"after {sessions}; its base {server['base'] / 1e6:.0f} MB, one adapter with gradients and "
             f"moments {server['one_tenancy'] / 1e6:.1f} MB"
         )
         write_result("network_memory", {"clients": clients, "server": server, "notes": notes, "rows": rows})

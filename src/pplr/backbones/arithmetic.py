@@ -23,8 +23,10 @@ __all__ = ["WideLinear", "is_widened", "multiplies_bfloat16", "widen"]
 
 _TOO_SLOW = 3.0
 _X86 = ("x86_64", "amd64", "i386", "i686")
-_ROWS = 8192
+_ROWS = 2048
 """Rows of a weight that are widened at once, so that a large head costs no wide copy of itself."""
+_STATES = 512
+"""States that are widened at once, so that a large batch costs no wide copy of itself either."""
 
 
 @cache
@@ -56,25 +58,39 @@ def is_widened(tensor: Tensor) -> bool:
 
 
 class _WideProduct(torch.autograd.Function):
-    """x Wᵀ + b with W frozen: neither x nor a wide copy of W is kept for the backward pass."""
+    """x Wᵀ + b with W frozen: neither x nor a wide copy of W is kept for the backward pass.
+
+    W is kept beside autograd's saved tensors: a block that runs again for its backward pass ends once it has saved
+    what it saved at first, so a last layer that saves nothing is not computed again.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        wide, out = x.float(), x.new_empty(*x.shape[:-1], len(weight))
-        for start in range(0, len(weight), _ROWS):
-            rows = slice(start, start + _ROWS)
-            out[..., rows] = F.linear(wide, weight[rows].float(), None if bias is None else bias[rows].float())
+        ctx.weight = weight
+        out = x.new_empty(*x.shape[:-1], len(weight))
+        narrow, flat = x.flatten(0, -2), out.view(-1, len(weight))  # (N, D_in), (N, D_out)
+        for rows in _parts(len(weight), _ROWS):
+            wide, added = weight[rows].float(), None if bias is None else bias[rows].float()
+            for some in _parts(len(narrow), _STATES):
+                flat[some, rows] = F.linear(narrow[some].float(), wide, added)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        first, *others = range(0, len(weight), _ROWS)
-        wide = grads[0][..., first : first + _ROWS].float() @ weight[first : first + _ROWS].float()
-        for start in others:
-            wide += grads[0][..., start : start + _ROWS].float() @ weight[start : start + _ROWS].float()
-        return wide.to(grads[0].dtype), None, None
+        weight, narrow = ctx.weight, grads[0].flatten(0, -2)
+        first, *others = _parts(len(weight), _ROWS)
+        sums = grads[0].dtype if not others else torch.float32  # of a small layer no sum is kept wide
+        out = torch.empty(len(narrow), weight.shape[1], dtype=sums)
+        for rows in (first, *others):
+            wide = weight[rows].float()
+            for some in _parts(len(narrow), _STATES):
+                product = narrow[some, rows].float() @ wide
+                out[some] = product if rows is first else product.add_(out[some])
+        return out.to(grads[0].dtype).view(*grads[0].shape[:-1], -1), None, None
+
+
+def _parts(count: int, most: int) -> list[slice]:
+    return [slice(start, start + most) for start in range(0, count, most)]
 
 
 class WideLinear(nn.Linear):

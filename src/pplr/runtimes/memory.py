@@ -8,8 +8,8 @@ from pathlib import Path
 
 __all__ = ["hand_back_large_blocks", "peak_rss_bytes", "rss_bytes"]
 
-_M_MMAP_THRESHOLD = -3  # malloc.h
-_LARGE = 1 << 20
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h
+_LARGE = 1 << 18
 
 
 def rss_bytes() -> int | None:
@@ -23,10 +23,11 @@ def peak_rss_bytes() -> int | None:
 
 
 def hand_back_large_blocks() -> bool:
-    """Let the C library give memory from 1 MiB upwards back to the system as soon as it is freed.
+    """Let the C library give memory from 256 KiB upwards back to the system as soon as it is freed.
 
     Otherwise glibc raises that threshold to 32 MiB as a process goes on, and keeps what a training step has freed in
-    pieces that the next step may not fit in. ``python -m benchmarks.network_memory`` says what that costs.
+    pieces that the next step may not fit in. What is smaller comes from one heap for all threads, so that what gRPC's
+    threads have freed is used again. ``python -m benchmarks.network_memory`` says what that leaves.
 
     Returns:
         Whether the C library is glibc and took it.
@@ -34,7 +35,8 @@ def hand_back_large_blocks() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     try:
-        return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE))
+        mallopt = ctypes.CDLL(None).mallopt
+        return bool(mallopt(_M_MMAP_THRESHOLD, _LARGE) and mallopt(_M_ARENA_MAX, 1))
     except (OSError, AttributeError):
         return False
 
