@@ -8,12 +8,14 @@ span of its blocks may be hosted anywhere.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pplr.config import BackboneConfig
 from pplr.data.interactions import Catalog
@@ -96,6 +98,33 @@ class Blocks(nn.Module, ABC):
             position_ids: (B, T); absent counts from 0.
             cache: Keys and values of this span, extended in place.
         """
+
+    @contextmanager
+    def recomputing(self, prepare: Callable[[], None]) -> Iterator[None]:
+        """Let passes within keep no activations inside the blocks, which run again in the backward pass.
+
+        This uses the checkpointing of transformers' blocks, one block at a time.
+
+        Args:
+            prepare: Called before whatever runs again, so that it finds what it ran with at first.
+        """
+
+        def run(block: Callable[..., Any], *inputs: Any) -> Any:
+            def prepared(*inputs: Any) -> Any:
+                prepare()
+                return block(*inputs)
+
+            return checkpoint(prepared, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+        layers: list[Any] = list(self.layers)
+        for layer in layers:
+            layer._gradient_checkpointing_func = run
+            layer.gradient_checkpointing = layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.gradient_checkpointing = layer.training = False
 
 
 class Backbone(ABC):

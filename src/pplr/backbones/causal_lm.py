@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pplr.backbones.arithmetic import widen
@@ -97,6 +99,40 @@ class DecoderBlocks(Blocks):
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
+
+    @contextmanager
+    def recomputing(self, prepare: Callable[[], None]) -> Iterator[None]:
+        """Run each half of a block, with its norm, again in the backward pass.
+
+        Halves rather than blocks, so that the backward pass holds the activations of attention or of the feed-forward
+        layer at a time. That costs one more hidden state for each block, and no more computing.
+        """
+
+        def checkpointed(norm: Callable[[Tensor], Tensor], own: Callable[..., Any]) -> Callable[..., Any]:
+            def half(hidden_states: Tensor, **options: Any) -> Any:
+                def prepared(hidden_states: Tensor) -> Any:
+                    prepare()
+                    return own(norm(hidden_states), **options)
+
+                return checkpoint(prepared, hidden_states, use_reentrant=False, preserve_rng_state=False)
+
+            return half
+
+        layers: list[Any] = list(self.layers)
+        halves = [(layer.input_layernorm, layer.self_attn) for layer in layers]
+        halves += [(layer.post_attention_layernorm, layer.mlp) for layer in layers]
+        for norm, own in halves:
+            own.forward = checkpointed(norm.forward, own.forward)
+            norm.forward = _same
+        try:
+            yield
+        finally:
+            for norm, own in halves:
+                del norm.forward, own.forward
+
+
+def _same(hidden_states: Tensor) -> Tensor:
+    return hidden_states
 
 
 def _shorten(model: PreTrainedModel, blocks: int) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pplr.backbones.adapters import AdapterState, Slots, check_adapter, make_slots
 from pplr.backbones.base import Backbone, End
@@ -88,7 +87,8 @@ class Stage:
         mask = call.attention_mask
         if self.backbone.bidirectional:
             mask = call.mask(hidden_states.shape[1], hidden_states.device)
-        with self._recomputing(member, call) if self.recompute and cache is None else nullcontext():
+        again = self.recompute and cache is None
+        with self.blocks.recomputing(lambda: self._prepare(member, call)) if again else nullcontext():
             return self.slots.run(self.blocks, hidden_states, mask, call.position_ids, cache)
 
     def _prepare(self, member: Member, call: StageCall) -> None:
@@ -97,40 +97,6 @@ class Stage:
             self._bound = member
         self.slots.enable(call.adapter)
         self.slots.reseed(call.dropout_seed)
-
-    @contextmanager
-    def _recomputing(self, member: Member, call: StageCall) -> Iterator[None]:
-        """Checkpoint each half of a block, with its norm; one that runs again finds what it ran with at first.
-
-        Halves rather than blocks, so that the backward pass holds the activations of attention or of the feed-forward
-        layer at a time. That costs one more hidden state for each block, and no more computing.
-        """
-
-        def checkpointed(norm: Callable[[Tensor], Tensor], own: Callable[..., Any]) -> Callable[..., Any]:
-            def half(hidden_states: Tensor, **options: Any) -> Any:
-                def prepared(hidden_states: Tensor) -> Any:
-                    self._prepare(member, call)
-                    return own(norm(hidden_states), **options)
-
-                return checkpoint(prepared, hidden_states, use_reentrant=False, preserve_rng_state=False)
-
-            return half
-
-        layers: list[Any] = list(self.blocks.layers)
-        halves = [(layer.input_layernorm, layer.self_attn) for layer in layers]
-        halves += [(layer.post_attention_layernorm, layer.mlp) for layer in layers]
-        for norm, own in halves:
-            own.forward = checkpointed(norm.forward, own.forward)
-            norm.forward = _same
-        try:
-            yield
-        finally:
-            for norm, own in halves:
-                del norm.forward, own.forward
-
-
-def _same(hidden_states: Tensor) -> Tensor:
-    return hidden_states
 
 
 class Member:
