@@ -12,15 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
 
-from pplr.backbones.adapters import (
-    SeededDropout,
-    check_adapter,
-    initial_adapter,
-    inject_adapter,
-    load_adapter,
-    natural_order,
-    save_adapter,
-)
+from pplr.backbones.adapters import check_adapter, initial_adapter, load_adapter, natural_order, save_adapter
+from pplr.backbones.slots import SeededDropout, inject_adapter
 from pplr.config import AdapterConfig
 from pplr.errors import AdapterError, BackboneError, StorageError
 from pplr.testing import peft_model, random_adapter, refuses, tiny_backbone

@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-from pplr.backbones.adapters import AdapterSlots
 from pplr.backbones.causal_lm import CausalLM
+from pplr.backbones.slots import AdapterSlots
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import ConfigError, PartitionError, StorageError
 from pplr.progress import Silent

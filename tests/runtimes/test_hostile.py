@@ -33,9 +33,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from pplr.backbones.adapters import AdapterSlots
 from pplr.backbones.base import load_backbone
 from pplr.backbones.bundles import write_bundles
+from pplr.backbones.slots import AdapterSlots
 from pplr.config import AdapterConfig, BackboneConfig, TrainingConfig
 from pplr.errors import PplrError, ServerLostError, TransportError, WireError
 from pplr.runtimes import codec, framing, identity, stage_server

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pplr.backbones.adapters import SeededDropout
 from pplr.backbones.base import Batch, Blocks, End, MatchingBackbone, register
 from pplr.backbones.causal_lm import CausalLM, DecoderBlocks
 from pplr.backbones.losses import draw_negatives
+from pplr.backbones.slots import SeededDropout
 from pplr.config import BackboneConfig, ItemVectorsConfig
 from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample, shown_title

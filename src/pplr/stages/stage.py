@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pplr.backbones.adapters import AdapterState, Slots, check_adapter, make_slots
+from pplr.backbones.adapters import AdapterState, check_adapter
 from pplr.backbones.base import Backbone, End
+from pplr.backbones.slots import Slots, make_slots
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.stages.optimizer import StageOptimizer
 
