@@ -394,3 +394,19 @@ def test_what_does_not_fit_is_refused(tmp_path) -> None:
     (folder / "model.safetensors").unlink()
     with refuses(BackboneError, "cannot load the model"):
         load(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_near_float32(tmp_path, family) -> None:
+    folder = saved(tmp_path / family, family)
+    wide = prepared(load(folder))
+    config = BackboneConfig(name="encoder", model=str(folder), dtype="bfloat16", max_tokens=128)
+    narrow = prepared(load_backbone(config))
+    batch = wide.pad([(0, 3, 5), (1,), (4, 7)])
+    states = [client(own).hidden_states(batch) for own in (wide, narrow)]
+    assert states[1].dtype == torch.bfloat16
+    real = torch.arange(batch.input_ids.shape[1])[None] < batch.lengths[:, None]
+    off = (states[0][real] - states[1][real].float()).norm() / states[0][real].norm()
+    assert off < 0.05
+    model = client(narrow)
+    assert float(model.train_loss(narrow.collate([EncodedUser((1, 2), 3)]), 0).detach()) > 0

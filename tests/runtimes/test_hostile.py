@@ -590,6 +590,9 @@ case("more memory than granted", FULL, lambda w: w.hello("second"), max_tenancy_
 case("more memory than granted, for one adapter", FULL, lambda w: w.hello(
     adapter_json='{"rank": 32}'
 ), max_tenancy_bytes=10_000)  # fmt: skip
+case("more memory than granted, for whole blocks", FULL, lambda w: w.hello(
+    adapter_json='{"kind": "full"}'
+), max_tenancy_bytes=100_000)  # fmt: skip
 case("a rank of billions", FULL, lambda w: w.hello(adapter_json='{"rank": 1000000000000000000000000}'))
 case("a rank above the width", FULL, lambda w: w.hello(adapter_json='{"rank": 33}'))
 case("a message longer than granted", WRONG, lambda w: w.send("Forward", b"\0" * 9000), max_message_bytes=8192)

@@ -46,7 +46,7 @@ def serve(
         Literal["float32", "bfloat16"], typer.Option(help="Number format of the base; the clients' must be the same.")
     ] = "bfloat16",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    backbone: Annotated[str, typer.Option(help="The registered backbone.")] = "causal_lm",
+    backbone: Annotated[str, typer.Option(help="causal_lm, which serves item_vectors too, or encoder.")] = "causal_lm",
     keep_blocks: Annotated[
         int | None, typer.Option(min=1, help="Use the model's first blocks alone, as the clients do.")
     ] = None,
