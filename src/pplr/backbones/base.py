@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from pplr.config import BackboneConfig
 from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample
-from pplr.errors import ConfigError, nearest
+from pplr.errors import BackboneError, ConfigError, nearest
 
 __all__ = [
     "BACKBONES",
@@ -32,6 +32,7 @@ __all__ = [
     "backbone_kind",
     "load_backbone",
     "register",
+    "span_tensors",
 ]
 
 End = Literal["input", "output"]
@@ -125,6 +126,29 @@ class Blocks(nn.Module, ABC):
         finally:
             for layer in layers:
                 layer.gradient_checkpointing = layer.training = False
+
+
+def span_tensors(layers: nn.ModuleList, span: range, prefix: str) -> dict[str, Tensor]:
+    """Collect the frozen tensors of a span, shared and not copied, numbered from 0 within it.
+
+    Args:
+        layers: Every block of the model.
+        span: Which blocks, half-open like ``range``.
+        prefix: What stands before a block's number.
+
+    Raises:
+        BackboneError: The model was loaded from a bundle that does not hold one of them.
+    """
+    tensors: dict[str, Tensor] = {}
+    for number, layer in enumerate(layers[span.start : span.stop]):
+        own = layer.state_dict()
+        if any(tensor.is_meta for tensor in own.values()):
+            raise BackboneError(
+                f"this bundle of the model does not hold block {span.start + number}",
+                cure="Use the bundle of the side that runs it; a client's needs --stage-server, and its own cut.",
+            )
+        tensors |= {f"{prefix}.{number}.{name}": tensor for name, tensor in own.items()}
+    return tensors
 
 
 class Backbone(ABC):

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTra
 
 from pplr.backbones.arithmetic import widen
 from pplr.backbones.attention import ATTENTION
-from pplr.backbones.base import Backbone, Batch, Blocks, register
+from pplr.backbones.base import Backbone, Batch, Blocks, register, span_tensors
 from pplr.backbones.bundles import base_fingerprint
 from pplr.backbones.loading import load_pretrained
 from pplr.backbones.losses import head_loss
@@ -63,17 +63,7 @@ class DecoderBlocks(Blocks):
             inner = type(whole)(self.config)
         inner.embed_tokens = nn.Identity()
         inner.norm = nn.Identity()
-        tensors = {
-            f"layers.{number}.{name}": tensor
-            for number, layer in enumerate(whole.layers[span.start : span.stop])
-            for name, tensor in layer.state_dict().items()
-        }
-        if absent := [name for name, tensor in tensors.items() if tensor.is_meta]:
-            block = span.start + int(absent[0].split(".")[1])
-            raise BackboneError(
-                f"this bundle of the model does not hold block {block}",
-                cure="Use the bundle of the side that runs it; a client's needs --stage-server, and its own cut.",
-            )
+        tensors = span_tensors(whole.layers, span, "layers")
         inner.load_state_dict(tensors, assign=True)
         inner.rotary_emb.to(next(iter(tensors.values())).device if tensors else "cpu")
         inner.requires_grad_(False)

@@ -20,14 +20,14 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pplr.backbones.arithmetic import widen
 from pplr.backbones.attention import ATTENTION
-from pplr.backbones.base import Batch, Blocks, End, MatchingBackbone, register
+from pplr.backbones.base import Batch, Blocks, End, MatchingBackbone, register, span_tensors
 from pplr.backbones.bundles import ENCODERS, base_fingerprint
 from pplr.backbones.loading import ENCODER, load_pretrained
 from pplr.backbones.losses import draw_negatives
 from pplr.config import BackboneConfig, EncoderConfig
 from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample, shown_title
-from pplr.errors import BackboneError, ConfigError, DataError, UnsupportedModelError, nearest
+from pplr.errors import BackboneError, ConfigError, DataError, UnsupportedModelError
 from pplr.seeds import generator
 
 __all__ = ["FAMILIES", "EncodedUser", "Encoder", "EncoderBlocks", "item_fields"]
@@ -64,16 +64,10 @@ def item_fields(catalog: Catalog, attributes: Sequence[str]) -> list[list[tuple[
     Raises:
         ConfigError: The catalog has no such column.
     """
-    for name in attributes:
-        if name not in catalog.attributes:
-            known = list(catalog.attributes)
-            raise ConfigError(
-                f"backbone.encoder.attributes names {name!r}, which no item has",
-                cure=nearest(name, known) if known else "This catalog has titles alone.",
-            )
+    columns = catalog.columns(attributes, "backbone.encoder.attributes")
     rows = []
     for number, title in enumerate(catalog.titles):
-        told = [(name, str(catalog.attributes[name][number]).replace("|", " ")) for name in attributes]
+        told = [(name, str(column[number]).replace("|", " ")) for name, column in zip(attributes, columns, strict=True)]
         rows.append([("title", shown_title(title)), *((name, value) for name, value in told if value)])
     return rows
 
@@ -108,18 +102,7 @@ class EncoderBlocks(Blocks):
         with init_empty_weights(include_buffers=False):
             inner = type(whole)(self.config, add_pooling_layer=False)
         inner.embeddings = _PassThrough()
-        tensors = {
-            f"encoder.layer.{number}.{name}": tensor
-            for number, layer in enumerate(whole.encoder.layer[span.start : span.stop])
-            for name, tensor in layer.state_dict().items()
-        }
-        if absent := [name for name, tensor in tensors.items() if tensor.is_meta]:
-            block = span.start + int(absent[0].split(".")[2])
-            raise BackboneError(
-                f"this bundle of the model does not hold block {block}",
-                cure="Use the bundle of the side that runs it; a client's needs --stage-server, and its own cut.",
-            )
-        inner.load_state_dict(tensors, assign=True)
+        inner.load_state_dict(span_tensors(whole.encoder.layer, span, "encoder.layer"), assign=True)
         inner.requires_grad_(False)
         inner.eval()
         widen(inner)

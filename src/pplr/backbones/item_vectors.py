@@ -23,7 +23,7 @@ from pplr.backbones.slots import SeededDropout
 from pplr.config import BackboneConfig, ItemVectorsConfig
 from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample, shown_title
-from pplr.errors import BackboneError, ConfigError, nearest
+from pplr.errors import BackboneError
 from pplr.seeds import derive_seed
 
 __all__ = ["EncodedHistory", "ItemVectors", "item_texts", "whiten"]
@@ -47,14 +47,7 @@ def item_texts(catalog: Catalog, attributes: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: The catalog has no such column.
     """
-    for name in attributes:
-        if name not in catalog.attributes:
-            known = list(catalog.attributes)
-            raise ConfigError(
-                f"backbone.item_vectors.attributes names {name!r}, which no item has",
-                cure=nearest(name, known) if known else "This catalog has titles alone.",
-            )
-    columns = [catalog.attributes[name] for name in attributes]
+    columns = catalog.columns(attributes, "backbone.item_vectors.attributes")
     texts = []
     for number, title in enumerate(catalog.titles):
         values = [str(column[number]).replace("|", ", ") for column in columns if column[number]]

@@ -6,7 +6,7 @@ share one. Users are numbered by their position in ``user_ids``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from pplr.errors import DataError, UnknownItemError, nearest
+from pplr.errors import ConfigError, DataError, UnknownItemError, nearest
 from pplr.storage import sha256_bytes
 
 __all__ = ["Catalog", "Dataset", "Interactions"]
@@ -40,6 +40,25 @@ class Catalog:
 
     def __len__(self) -> int:
         return len(self.item_ids)
+
+    def columns(self, names: Sequence[str], asked_by: str) -> list[tuple[str, ...]]:
+        """Return some columns of the items.
+
+        Args:
+            names: Their names.
+            asked_by: The setting that names them, for the error.
+
+        Raises:
+            ConfigError: There is no such column.
+        """
+        for name in names:
+            if name not in self.attributes:
+                known = list(self.attributes)
+                raise ConfigError(
+                    f"{asked_by} names {name!r}, which no item has",
+                    cure=nearest(name, known) if known else "This catalog has titles alone.",
+                )
+        return [self.attributes[name] for name in names]
 
     @cached_property
     def by_title(self) -> Mapping[str, tuple[int, ...]]:
