@@ -8,7 +8,7 @@ from benchmarks.claim_tables import averaged, behind, claim_sections, method_row
 from benchmarks.cold_start_tables import cold_start_sections
 from benchmarks.recommendation_tables import recommendation_sections
 from benchmarks.records import write_record
-from benchmarks.results import main, sections_of
+from benchmarks.results import OPENING, ROOT, main, sections_of
 from benchmarks.tables import Section, interval, known_interval, page
 from pplr.errors import RunError
 from pplr.testing import refuses
@@ -188,3 +188,10 @@ def test_the_page_is_the_same_each_time(folder, tmp_path) -> None:
     (tmp_path / "docs" / "results_text" / "lost.md").write_text("?")
     with pytest.raises(SystemExit, match=r"error: results_text/lost\.md belongs to no section"):
         main(tmp_path)
+
+
+def test_the_committed_page_is_what_the_command_writes() -> None:
+    docs = ROOT / "docs"
+    assert (docs / "results.md").read_text(encoding="utf-8") == page(
+        "Results", OPENING, sections_of(ROOT / "results"), docs / "results_text"
+    )
