@@ -68,7 +68,7 @@ def test_tied_embeddings_are_whole_without_a_head_of_their_own(tmp_path: Path):
     ("name", "words"),
     [
         ("smolm2-135m", "Did you mean 'smollm2-135m'?"),
-        ("nothing", "Known: 'smollm2-135m'"),
+        ("nothing", "Known: 'minilm-l6', 'smollm2-135m'"),
         ("./no/folder", "no model './no/folder'"),
         ("/no/folder", "no model '/no/folder'"),
         ("missing.gguf", "no file missing.gguf"),
