@@ -137,6 +137,27 @@ def test_the_second_phase_begins_at_each_clients_best_round_and_keeps_its_item_e
         )
 
 
+def test_a_client_that_sits_a_round_out_keeps_its_item_embeddings_too(tmp_path, config) -> None:
+    """Under a shared method it gets the new average and is validated, though it does not train."""
+    settings = (
+        "federation.method=fedavg",
+        "federation.participation=0.34",
+        "federation.rounds=3",
+        "run.keep_rounds=true",
+    )
+    run = train(
+        config(*settings, "federation.patience=null", "backbone.encoder.first_phase_rounds=1"), tmp_path / "run"
+    )
+    trained = [sum(bool(own.get("samples")) for own in record["clients"].values()) for record in run.rounds]
+    assert trained == [1, 1, 1]
+
+    def tables(server_round: int) -> list[torch.Tensor]:
+        folder = run.folder / "rounds" / str(server_round)
+        return [load_file(folder / name / "mixed.safetensors")[TABLE] for name in CLIENTS]
+
+    assert all(torch.equal(a, b) for a, b in zip(tables(2), tables(3), strict=True))
+
+
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_a_run_that_was_stopped_ends_as_one_that_never_was(tmp_path, config, after) -> None:
     class Stop(Silent):

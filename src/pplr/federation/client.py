@@ -73,6 +73,12 @@ class FederatedClient:
         both = [model.traffic for model in (self.model, self.personal) if model is not None]
         return Traffic(sum(t.bytes_up for t in both), sum(t.bytes_down for t in both))
 
+    def begin_round(self, server_round: int) -> None:
+        """Enter a server round, whether or not the client trains in it: say whether its constants are to be kept."""
+        for model in (self.model, self.personal):
+            if model is not None:
+                model.keeps_constants = model.backbone.keeps_constants(server_round)
+
     def train(self, server_round: int, config: Config, method: Method, advance: Callable[[int], None]) -> LocalResult:
         """Train on the client's own samples for one server round.
 
@@ -85,9 +91,6 @@ class FederatedClient:
             "seed": config.run.seed,
             "advance": advance,
         }
-        for model in (self.model, self.personal):
-            if model is not None:
-                model.keeps_constants = model.backbone.keeps_constants(server_round)
         objective = method.objective()
         anchor: AdapterState | None = None
         if objective.proximal_mu > 0 or self.personal is not None:

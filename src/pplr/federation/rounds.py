@@ -73,7 +73,7 @@ def run_rounds(
     method = federation.method
     while federation.next_round < config.federation.rounds and not _out_of_patience(federation, config):
         server_round = federation.next_round
-        _begin_phase(federation, server_round, store)
+        _begin_round(federation, server_round, store)
         participants = participants_of(federation.clients, server_round, config)
         crossed = {client.name: client.traffic for client in participants}
 
@@ -137,8 +137,10 @@ def run_rounds(
         progress.server_round(record)
 
 
-def _begin_phase(federation: Federation, server_round: int, store: CheckpointStore) -> None:
-    """Where a phase begins that keeps each client's constants, put every client back to its best round."""
+def _begin_round(federation: Federation, server_round: int, store: CheckpointStore) -> None:
+    """Let every client enter a round; where a phase begins that keeps constants, from its own best round."""
+    for client in federation.clients:
+        client.begin_round(server_round)
     backbone = federation.clients[0].model.backbone
     if server_round == 0 or backbone.keeps_constants(server_round - 1) or not backbone.keeps_constants(server_round):
         return
