@@ -10,6 +10,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -23,7 +24,7 @@ from pplr.backbones.attention import ATTENTION
 from pplr.backbones.base import Batch, Blocks, End, MatchingBackbone, register, span_tensors
 from pplr.backbones.bundles import ENCODERS, base_fingerprint
 from pplr.backbones.loading import ENCODER, load_pretrained
-from pplr.backbones.losses import draw_negatives
+from pplr.backbones.losses import catalog_loss
 from pplr.config import BackboneConfig, EncoderConfig
 from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample, shown_title
@@ -435,15 +436,9 @@ class Encoder(MatchingBackbone):
         """Sum the cross-entropy of each target among the catalog, or among the negatives drawn for this batch."""
         if batch.labels is None:
             raise BackboneError("a batch without targets has no loss", cure="Collate encoded samples.")
-        labels, chosen = batch.labels, None
-        if torch.is_grad_enabled():
-            chosen = draw_negatives(batch.input_ids, labels, self.config.negatives, len(self._texts))
-        if chosen is not None:
-            labels = torch.searchsorted(chosen, labels)
-        scores = self.queries(self.pool(hidden_states, batch), ends) @ self.items(ends, chosen).t()
-        if torch.is_grad_enabled() and len(self._left_out):
-            scores = scores.masked_fill(self._left_out if chosen is None else self._left_out[chosen], -torch.inf)
-        return F.cross_entropy(scores / self.config.temperature, labels, reduction="sum")
+        queries, items = self.queries(self.pool(hidden_states, batch), ends), partial(self.items, ends)
+        total = len(self._texts)
+        return catalog_loss(queries, items, batch.labels, batch.input_ids, self.config, total, self._left_out)
 
 
 def _shorten(model: PreTrainedModel, blocks: int) -> None:

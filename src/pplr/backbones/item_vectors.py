@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from pplr.backbones.base import Batch, Blocks, End, MatchingBackbone, register
 from pplr.backbones.causal_lm import CausalLM, DecoderBlocks
-from pplr.backbones.losses import draw_negatives
+from pplr.backbones.losses import catalog_loss
 from pplr.backbones.slots import SeededDropout
 from pplr.config import BackboneConfig, ItemVectorsConfig
 from pplr.data.interactions import Catalog
@@ -246,12 +247,5 @@ class ItemVectors(MatchingBackbone):
         """Sum the cross-entropy of each target among the catalog, or among the negatives drawn for this batch."""
         before = hidden_states[:, :-1][batch.is_target[:, 1:]]  # (M, D), the states that predict
         labels = batch.input_ids[:, 1:][batch.is_target[:, 1:]]  # (M,)
-        chosen = None
-        if torch.is_grad_enabled():
-            chosen = draw_negatives(batch.input_ids, labels, self.config.negatives, len(self.vectors))
-        if chosen is not None:
-            labels = torch.searchsorted(chosen, labels)
-        scores = self.queries(before, ends) @ self.items(ends, chosen).t() / self.config.temperature
-        if torch.is_grad_enabled() and len(self._left_out):
-            scores = scores.masked_fill(self._left_out if chosen is None else self._left_out[chosen], -torch.inf)
-        return F.cross_entropy(scores, labels, reduction="sum")
+        queries, items = self.queries(before, ends), partial(self.items, ends)
+        return catalog_loss(queries, items, labels, batch.input_ids, self.config, len(self.vectors), self._left_out)

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pplr.config import EncoderConfig, ItemVectorsConfig
 from pplr.seeds import derive_seed
 from pplr.storage import sha256_bytes
 
-__all__ = ["draw_negatives", "head_loss"]
+__all__ = ["catalog_loss", "draw_negatives", "head_loss"]
 
 _ROWS = 64
 """States whose logits are in memory at once."""
@@ -35,6 +36,41 @@ def draw_negatives(input_ids: Tensor, labels: Tensor, count: int | None, total: 
     seed = derive_seed(0, "negatives", sha256_bytes(input_ids.cpu().numpy().tobytes()))
     drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]
     return torch.unique(torch.cat([labels, drawn.to(labels.device)]))
+
+
+def catalog_loss(
+    queries: Tensor,
+    items: Callable[[Tensor | None], Tensor],
+    labels: Tensor,
+    input_ids: Tensor,
+    config: ItemVectorsConfig | EncoderConfig,
+    total: int,
+    left_out: Tensor,
+) -> Tensor:
+    """Sum the cross-entropy of each target's cosine, divided by τ, among the catalog.
+
+    While gradients are wanted, it may be among the negatives drawn for this batch, and some items may be left out.
+
+    Args:
+        queries: (M, width), each of length 1.
+        items: Gives (N, width) of the whole catalog, or of chosen item numbers, each of length 1.
+        labels: (M,) item numbers.
+        input_ids: What the batch is made of; negatives follow from it.
+        config: Temperature and number of negatives.
+        total: N, items of the catalog.
+        left_out: (N,), true where no target is compared with an item while training; empty for none.
+
+    Returns:
+        A scalar in float32.
+    """
+    training = torch.is_grad_enabled()
+    chosen = draw_negatives(input_ids, labels, config.negatives, total) if training else None
+    if chosen is not None:
+        labels = torch.searchsorted(chosen, labels)
+    scores = queries @ items(chosen).t() / config.temperature
+    if training and len(left_out):
+        scores = scores.masked_fill(left_out if chosen is None else left_out[chosen], -torch.inf)
+    return F.cross_entropy(scores, labels, reduction="sum")
 
 
 class _HeadLoss(torch.autograd.Function):
