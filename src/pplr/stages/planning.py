@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from pplr.backbones.base import Blocks
 from pplr.backbones.bundles import ENCODERS, CheckpointReader, block_number
 from pplr.backbones.causal_lm import FAMILIES, DecoderBlocks
-from pplr.backbones.encoder import EncoderBlocks
+from pplr.backbones.encoder_blocks import EncoderBlocks
 from pplr.backbones.loading import DECODER, ENCODER, attention_of
 from pplr.backbones.slots import inject_adapter
 from pplr.config import AdapterConfig
