@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,23 @@ def test_a_gguf_file_is_converted_once_and_kept(tmp_path: Path):
         logits = tiny_decoder(layers=2)(input_ids=batch.input_ids).logits
     states = cut.client("one", cut.initial_adapter(0)).hidden_states(batch)
     torch.testing.assert_close(second.logits(states), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_two_processes_that_convert_at_once_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    rename = os.replace
+
+    def second(source: str | Path, target: Path) -> None:
+        if Path(source).is_dir():
+            shutil.copytree(source, target)  # the other one is in place a moment before
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", second)
+    fingerprint = load(path).fingerprint()
+    monkeypatch.undo()
+    assert load(path).fingerprint() == fingerprint
+    assert [own.name for own in (cache_dir() / "models").iterdir() if own.name.startswith(".")] == []
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "manifest.json"])

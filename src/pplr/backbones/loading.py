@@ -355,6 +355,10 @@ def _convert(gguf: Path, target: Path) -> None:
             write_json(work / "manifest.json", {"sha256": {name: sha256_file(work / name) for name in files}})
             work.chmod(0o755)
             os.replace(work, target)  # noqa: PTH105
+        except OSError:
+            shutil.rmtree(work, ignore_errors=True)
+            if not _is_whole(target):  # unless another process was first, the disk refuses
+                raise
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
