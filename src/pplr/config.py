@@ -147,6 +147,10 @@ class ItemVectorsConfig(_Section):
     width: int = Field(default=256, ge=1)
     """Width of the space in which states and items are compared."""
 
+    hidden_width: int | None = Field(default=512, ge=1)
+    """Width of the hidden layer that stands beside each projection of items; `null` leaves them linear. Titles that
+    read alike may be liked by different users, which a linear map of their vectors tells apart less well."""
+
     temperature: float = Field(default=0.05, gt=0)
     """τ by which cosines are divided before the softmax over the catalog."""
 

@@ -22,7 +22,7 @@ from pplr.stages.cut import CutPlan
 from pplr.stages.model import CutModel
 from pplr.testing import BackboneContract, random_adapter, refuses, tiny_backbone, tiny_catalog, tiny_samples
 
-CONFIG = ItemVectorsConfig(width=8)
+CONFIG = ItemVectorsConfig(width=8, hidden_width=16)
 
 
 def read(texts) -> torch.Tensor:
@@ -54,9 +54,14 @@ class TestItemVectorsOnQwen3(TestItemVectorsOnLlama):
         return make("qwen3")
 
 
+class TestItemVectorsWithLinearProjections(TestItemVectorsOnLlama):
+    def make(self) -> ItemVectors:
+        return make("llama", ItemVectorsConfig(width=8, hidden_width=None))
+
+
 class TestItemVectorsWithResidualsAndNegatives(TestItemVectorsOnLlama):
     def make(self) -> ItemVectors:
-        return make("llama", ItemVectorsConfig(width=8, residuals="mixed", negatives=3, dropout=0.3))
+        return make("llama", ItemVectorsConfig(width=8, hidden_width=4, residuals="mixed", negatives=3, dropout=0.3))
 
     def test_padding_changes_nothing(self) -> None:
         """Negatives are drawn for each batch while it trains; without gradients the whole catalog is compared."""
@@ -69,25 +74,51 @@ def client(backbone: ItemVectors, seed: int = 0):
     return cut.client("one", random_adapter(cut.shapes, seed))
 
 
-def test_the_loss_is_that_of_plain_loops() -> None:
-    backbone = make()
+@pytest.mark.parametrize("hidden", [None, 16])
+def test_the_loss_is_that_of_plain_loops(hidden: int | None) -> None:
+    backbone = make(config=ItemVectorsConfig(width=8, hidden_width=hidden))
     model = client(backbone)
     samples = backbone.encode(histories(), tiny_catalog(), 3)
     batch = backbone.collate(samples)
-    ends = {
-        name.rsplit(".", 2)[-2]: tensor.double().detach() for name, tensor in model.adapter().items() if "item_" in name
-    }
+    ends = {name: tensor.double().detach() for name, tensor in model.adapter().items() if "item_out" in name}
+    assert len(ends) == (2 if hidden is None else 4)
     states = backbone.text.final_states(model.hidden_states(batch)).double()
     total = 0.0
     for row, sample in enumerate(samples):
         for place in range(1, len(sample.items)):
-            query = ends["state"] @ states[row, place - 1]
+            query = ends["item_out.state.weight"] @ states[row, place - 1]
             scores = []
             for item in range(len(tiny_catalog())):
-                placed = ends["item"] @ backbone.vectors[item].double()
+                vector = backbone.vectors[item].double()
+                placed = ends["item_out.item.weight"] @ vector
+                if hidden is not None:
+                    inner = ends["item_out.item.hidden.weight"] @ vector
+                    inner = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2
+                    placed = placed + ends["item_out.item.back.weight"] @ inner
                 scores.append(float(query @ placed / query.norm() / placed.norm()) / backbone.config.temperature)
             total += math.log(sum(math.exp(score) for score in scores)) - scores[sample.items[place]]
     assert float(model.evaluation_loss(batch)) == pytest.approx(total, rel=1e-5)
+
+
+def test_what_enters_the_first_block_is_a_projection_and_a_hidden_layer_beside_it() -> None:
+    for hidden in (None, 16):
+        backbone = make(config=ItemVectorsConfig(width=8, hidden_width=hidden))
+        model = client(backbone)
+        ends = {name: tensor.double() for name, tensor in model.adapter().items() if "item_in" in name}
+        vector = backbone.vectors[3].double()
+        expected = ends["item_in.weight"] @ vector
+        if hidden is not None:
+            inner = ends["item_in.hidden.weight"] @ vector
+            expected = expected + ends["item_in.back.weight"] @ (inner * (1 + torch.erf(inner / math.sqrt(2))) / 2)
+        found = backbone.embed(torch.tensor([[3]]), {name: own.float() for name, own in ends.items()})
+        torch.testing.assert_close(found[0, 0].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_hidden_layer_adds_nothing_at_the_start() -> None:
+    shapes = make().end_shapes("input") | make().end_shapes("output")
+    backs = [name for name in shapes if ".back." in name]
+    assert len(backs) == 2
+    assert not any(make().initial_end(name, shapes[name], torch.Generator()).any() for name in backs)
 
 
 def test_items_that_are_left_out_have_no_part_in_training() -> None:
@@ -193,7 +224,7 @@ def test_a_new_item_is_ranked_from_its_text_alone_and_changes_nothing_for_the_ot
     grown = Catalog((*grown.item_ids, "t8"), (*grown.titles, "Larch"))
     scores = []
     for catalog in (tiny_catalog(), grown):
-        backbone = ItemVectors(tiny_backbone(), ItemVectorsConfig(width=8, whitening="none"))
+        backbone = ItemVectors(tiny_backbone(), ItemVectorsConfig(width=8, hidden_width=16, whitening="none"))
         backbone.prepare(catalog, read)
         ranker = MatchingRanker(client(backbone), history_items=3)
         scores.append(ranker.scores([Case(0, (0, 1, 2, 3), (4,), (0,)), Case(1, (5,), (4,), (5,))]))

@@ -65,7 +65,8 @@ def test_a_run_trains_measures_recommends_and_leaves_adapters_that_peft_loads(tm
     assert not {"Ash", "Elm"} & {own.title for own in found}
     folder = run.folder / "clients" / "0"
     assert set(load_file(folder / "ends.safetensors")) == {
-        "item_in.weight", "item_out.item.weight", "item_out.state.weight"
+        "item_in.weight", "item_in.hidden.weight", "item_in.back.weight", "item_out.state.weight",
+        "item_out.item.weight", "item_out.item.hidden.weight", "item_out.item.back.weight",
     }  # fmt: skip
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), folder)
     loaded = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}

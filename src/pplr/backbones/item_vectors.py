@@ -30,6 +30,8 @@ from pplr.seeds import derive_seed
 __all__ = ["EncodedHistory", "ItemVectors", "item_texts", "whiten"]
 
 _IN, _STATE, _ITEM = "item_in.weight", "item_out.state.weight", "item_out.item.weight"
+_HIDDEN_IN, _BACK_IN = "item_in.hidden.weight", "item_in.back.weight"
+_HIDDEN_ITEM, _BACK_ITEM = "item_out.item.hidden.weight", "item_out.item.back.weight"
 _RESIDUAL_IN, _RESIDUAL_OUT = "item_in.residual", "item_out.residual"
 _EIGENVALUE_FLOOR = 1e-3
 
@@ -79,6 +81,14 @@ def whiten(vectors: Tensor, how: Literal["none", "standardise", "zca"]) -> Tenso
     floor = max(float(values.mean()), 1e-12) * _EIGENVALUE_FLOOR
     scale = (values.clamp(min=0) + floor).rsqrt()
     return (centred @ ((directions * scale) @ directions.t())).float()
+
+
+def _project(vectors: Tensor, ends: Mapping[str, Tensor], direct: str, hidden: str, back: str) -> Tensor:
+    """Map (..., D) by a linear layer and, where there is one, by a hidden layer beside it."""
+    projected = F.linear(vectors, ends[direct])
+    if hidden not in ends:
+        return projected
+    return projected + F.linear(F.gelu(F.linear(vectors, ends[hidden])), ends[back])
 
 
 @register
@@ -163,18 +173,23 @@ class ItemVectors(MatchingBackbone):
 
     def end_shapes(self, end: End) -> dict[str, tuple[int, ...]]:
         """Say the shapes of the projections, and of the residuals where there are any."""
-        width, items = self.config.width, 0 if self._vectors is None else len(self._vectors)
+        size, width, hidden = self.hidden_size, self.config.width, self.config.hidden_width
+        items = 0 if self._vectors is None else len(self._vectors)
         if end == "input":
-            shapes: dict[str, tuple[int, ...]] = {_IN: (self.hidden_size, self.hidden_size)}
-            residual: dict[str, tuple[int, ...]] = {_RESIDUAL_IN: (items, self.hidden_size)}
+            shapes: dict[str, tuple[int, ...]] = {_IN: (size, size)}
+            if hidden is not None:
+                shapes |= {_HIDDEN_IN: (hidden, size), _BACK_IN: (size, hidden)}
+            residual = {_RESIDUAL_IN: (items, size)}
         else:
-            shapes = {_STATE: (width, self.hidden_size), _ITEM: (width, self.hidden_size)}
+            shapes = {_STATE: (width, size), _ITEM: (width, size)}
+            if hidden is not None:
+                shapes |= {_HIDDEN_ITEM: (hidden, size), _BACK_ITEM: (width, hidden)}
             residual = {_RESIDUAL_OUT: (items, width)}
         return shapes if self.config.residuals == "none" else shapes | residual
 
     def initial_end(self, name: str, shape: tuple[int, ...], source: torch.Generator) -> Tensor:
-        """Draw a projection; inputs start as large as token embeddings, residuals at zero."""
-        if name in (_RESIDUAL_IN, _RESIDUAL_OUT):
+        """Draw a projection; inputs start as large as token embeddings, hidden layers and residuals add zero."""
+        if name in (_BACK_IN, _BACK_ITEM, _RESIDUAL_IN, _RESIDUAL_OUT):
             return torch.zeros(shape)
         size = 1.0
         if name == _IN:
@@ -220,7 +235,7 @@ class ItemVectors(MatchingBackbone):
 
     def embed(self, input_ids: Tensor, ends: Mapping[str, Tensor], dropout_seed: int | None = None) -> Tensor:
         """Project the vectors of items (B, T) into the model: (B, T, D)."""
-        states = F.linear(self.vectors[input_ids], ends[_IN])
+        states = _project(self.vectors[input_ids], ends, _IN, _HIDDEN_IN, _BACK_IN)
         if _RESIDUAL_IN in ends:
             states = states + F.embedding(input_ids, ends[_RESIDUAL_IN])
         self._dropout.reseed(None if dropout_seed is None else derive_seed(dropout_seed, "item vectors"))
@@ -234,7 +249,7 @@ class ItemVectors(MatchingBackbone):
             chosen: (M,) item numbers; the whole catalog when absent.
         """
         vectors = self.vectors if chosen is None else self.vectors[chosen]
-        placed = F.linear(vectors, ends[_ITEM])
+        placed = _project(vectors, ends, _ITEM, _HIDDEN_ITEM, _BACK_ITEM)
         if _RESIDUAL_OUT in ends:
             placed = placed + (ends[_RESIDUAL_OUT] if chosen is None else ends[_RESIDUAL_OUT][chosen])
         return F.normalize(placed, dim=-1)
