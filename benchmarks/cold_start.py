@@ -126,7 +126,8 @@ def one_seed(kind: str, seed: int, arguments: argparse.Namespace) -> dict[str, A
     others: dict[str, Ranker] = {name: fit_floor(name, data.holdout, items, seed) for name in config.evaluation.floors}
     summary = None
     if not arguments.without_sasrec:
-        fitted, summary = fit_sasrec(data.holdout, cases, items, [seed], arguments)
+        looked_at = [case for own in data.validation.values() for case in own]
+        fitted, summary = fit_sasrec(data.holdout, looked_at, cases, items, [seed], arguments)
         others["sasrec"] = fitted[seed]
     found |= measure(others, data, config)
     return {

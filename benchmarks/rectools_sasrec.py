@@ -2,10 +2,10 @@
 
     python rectools_sasrec.py HISTORIES.json SCORES.npz
 
-HISTORIES.json: ``items`` N, ``train`` U histories, ``validation`` U targets or null, ``test_histories`` by user,
-``settings`` (keyword arguments of SASRecModel), ``seeds``, ``check_every`` epochs, ``patience`` checks,
-``most_epochs``. The settings and the number of epochs are those of the best validation NDCG@10 with the first seed;
-the other seeds train with the same settings and stop by the same rule.
+HISTORIES.json: ``items`` N, ``train`` U histories, ``validation`` U targets or null (not looked at),
+``test_histories`` by user, ``settings`` (keyword arguments of SASRecModel), ``seeds``, ``check_every`` epochs,
+``patience`` checks, ``most_epochs``. The settings and the number of epochs are those of the best validation NDCG@10
+with the first seed; the other seeds train with the same settings and stop by the same rule.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from rectools import Columns  # noqa: E402
 from rectools.dataset import Dataset  # noqa: E402
 from rectools.models import SASRecModel  # noqa: E402
 
+_USERS_AT_ONCE = 250  # RecTools returns a row for each user and item
+
 
 def dataset(histories: dict[int, list[int]]) -> Dataset:
     """Make RecTools' dataset of histories, oldest first."""
@@ -41,12 +43,15 @@ def dataset(histories: dict[int, list[int]]) -> Dataset:
 
 def scores(model: SASRecModel, histories: dict[int, list[int]], items: int) -> np.ndarray:
     """Score every item after every history: (len(histories), items); items it never trained on come last."""
-    told = model.recommend(
-        list(histories), dataset(histories), k=items, filter_viewed=False, on_unsupported_targets="ignore"
-    )
-    rows = {user: row for row, user in enumerate(histories)}
     out = np.full((len(histories), items), -1e9, dtype=np.float32)
-    out[told[Columns.User].map(rows), told[Columns.Item]] = told[Columns.Score]
+    users = list(histories)
+    for start in range(0, len(users), _USERS_AT_ONCE):
+        chosen = {user: histories[user] for user in users[start : start + _USERS_AT_ONCE]}
+        told = model.recommend(
+            list(chosen), dataset(chosen), k=items, filter_viewed=False, on_unsupported_targets="ignore"
+        )
+        rows = {user: start + row for row, user in enumerate(chosen)}
+        out[told[Columns.User].map(rows), told[Columns.Item]] = told[Columns.Score]
     return out
 
 

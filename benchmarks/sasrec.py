@@ -27,6 +27,7 @@ from benchmarks.measuring import quality_parser, write_quality
 from pplr.config_files import load_config
 from pplr.data.holdout import Holdout
 from pplr.data.prompts import Case
+from pplr.errors import ConfigError, PplrError
 from pplr.recommend.evaluation import evaluate
 from pplr.recommend.floors import fit_floor
 from pplr.runtimes.assembly import load_run_data
@@ -79,6 +80,9 @@ def add_arguments(
     parser.add_argument("--widths", nargs="+", type=int, default=widths)
     parser.add_argument("--dropouts", nargs="+", type=float, default=dropouts)
     parser.add_argument("--lengths", nargs="+", type=int, default=lengths)
+    parser.add_argument("--loss", choices=["softmax", "gBCE", "sampled_softmax"], default="softmax")
+    parser.add_argument("--negatives", type=int, help="sampled items of gBCE and sampled_softmax")
+    parser.add_argument("--train-batch", type=int, default=32, help="users of a batch")
 
 
 def histories_of(holdout: Holdout, cases: Sequence[Case]) -> dict[int, list[int]]:
@@ -87,12 +91,18 @@ def histories_of(holdout: Holdout, cases: Sequence[Case]) -> dict[int, list[int]
 
 
 def fit_sasrec(
-    holdout: Holdout, cases: Sequence[Case], items: int, seeds: Sequence[int], arguments: argparse.Namespace
+    holdout: Holdout,
+    validation: Sequence[Case],
+    cases: Sequence[Case],
+    items: int,
+    seeds: Sequence[int],
+    arguments: argparse.Namespace,
 ) -> tuple[dict[int, Scored], dict[str, Any]]:
     """Train SASRec with some seeds, the settings chosen by validation with the first.
 
     Args:
         holdout: Train and validation are read.
+        validation: Whose validation targets are looked at.
         cases: Whom to score for.
         items: N.
         seeds: Seeds.
@@ -101,10 +111,19 @@ def fit_sasrec(
     Returns:
         A ranker for each seed, and what was tried and chosen.
     """
+    if (arguments.loss == "softmax") != (arguments.negatives is None):
+        raise ConfigError(
+            f"--loss {arguments.loss} with --negatives {arguments.negatives}",
+            cure="Give --negatives with gBCE or sampled_softmax, and with them alone.",
+        )
+    sampled = {} if arguments.negatives is None else {"n_negatives": arguments.negatives}
+    looked_at = {case.user for case in validation}
     told: dict[str, Any] = {
         "items": items,
         "train": [own.tolist() for own in holdout.train],
-        "validation": [int(own[0]) if len(own) else None for own in holdout.validation],
+        "validation": [
+            int(own[0]) if len(own) and user in looked_at else None for user, own in enumerate(holdout.validation)
+        ],
         "test_histories": histories_of(holdout, cases),
         "settings": [
             {
@@ -113,8 +132,9 @@ def fit_sasrec(
                 "session_max_len": n,
                 "n_blocks": 2,
                 "n_heads": 2,
-                "loss": "softmax",
-                "batch_size": 32,
+                "loss": arguments.loss,
+                **sampled,
+                "batch_size": arguments.train_batch,
             }
             for w, d, n in itertools.product(arguments.widths, arguments.dropouts, arguments.lengths)
         ],
@@ -143,7 +163,11 @@ def main() -> None:
     data = load_run_data(config)
     items = len(data.dataset.catalog)
     cases = [case for own in data.test.values() for case in own]
-    rankers, summary = fit_sasrec(data.holdout, cases, items, arguments.seeds, arguments)
+    looked_at = [case for own in data.validation.values() for case in own]
+    try:
+        rankers, summary = fit_sasrec(data.holdout, looked_at, cases, items, arguments.seeds, arguments)
+    except PplrError as error:
+        sys.exit(f"error: {error}")
     measured: dict[str, Any] = {f"sasrec, seed {seed}": own for seed, own in rankers.items()}
     for name in config.evaluation.floors:
         measured[name] = fit_floor(name, data.holdout, items, config.run.seed)
