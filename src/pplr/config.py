@@ -313,7 +313,8 @@ class FederationConfig(_Section):
     """Who trains with whom."""
 
     method: str = "pplr"
-    """`pplr`, `fedavg`, `fedprox`, `ditto`, `local` (no exchange) or `centralized` (all data pooled)."""
+    """`pplr`, `pplr_weighted` (clients count by their samples; not the paper's), `fedavg`, `fedprox`, `ditto`, `local`
+    (no exchange) or `centralized` (all data pooled)."""
 
     clients: int = Field(default=5, ge=1)
     """Number of clients."""

@@ -108,11 +108,34 @@ def test_pplr_without_heating_weighs_by_similarity_alone(draw_adapters):
     np.testing.assert_allclose(mixing.weights, alike / alike.sum(axis=1, keepdims=True))
 
 
+def test_weighted_pplr_counts_clients_by_their_samples(draw_adapters):
+    config = FederationConfig(method="pplr_weighted", similarity="updates", temperature=0.1, heating_scale=0.5)
+    view = view_of(draw_adapters, server_round=1)
+    mixing = make_method(config).mixing(view)
+    paper = make_method(config.model_copy(update={"method": "pplr"})).mixing(view)
+    np.testing.assert_array_equal(mixing.heating, paper.heating)
+    np.testing.assert_array_equal(mixing.similarity, paper.similarity)
+    alike, heat, counts = mixing.similarity, mixing.heating, view.samples
+    for i in range(3):
+        bottom = counts[i] * alike[i, i] + heat[i] * sum(counts[j] * alike[i, j] for j in range(3) if j != i)
+        expected = [(1 if i == j else heat[i]) * counts[j] * alike[i, j] / bottom for j in range(3)]
+        assert mixing.weights[i].tolist() == pytest.approx(expected)
+
+
+def test_weighted_pplr_is_pplr_with_clients_of_one_size_and_fedavg_where_all_are_alike(draw_adapters):
+    even = view_of(draw_adapters, samples=(7, 7, 7))
+    told = [make_method(FederationConfig(method=name)).mixing(even).weights for name in ("pplr_weighted", "pplr")]
+    np.testing.assert_allclose(told[0], told[1])
+    uneven, open_to_all = view_of(draw_adapters), {"similarity": "none", "heating_scale": None}
+    weighted = make_method(FederationConfig(method="pplr_weighted", **open_to_all)).mixing(uneven)
+    np.testing.assert_allclose(weighted.weights, make_method(FederationConfig(method="fedavg")).mixing(uneven).weights)
+
+
 def test_what_clients_minimise():
     def made(method, **options):
         return make_method(FederationConfig(method=method, proximal_mu=0.3, **options))
 
-    for method in ("pplr", "fedavg", "local", "centralized", "ditto"):
+    for method in ("pplr", "pplr_weighted", "fedavg", "local", "centralized", "ditto"):
         assert made(method).objective() == LocalObjective()
     assert made("fedprox").objective() == LocalObjective(proximal_mu=0.3)
     assert made("ditto").personal_objective() == LocalObjective(proximal_mu=0.3)

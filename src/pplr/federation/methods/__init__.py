@@ -10,6 +10,7 @@ from pplr.federation.methods.fedavg import FedAvg
 from pplr.federation.methods.fedprox import FedProx
 from pplr.federation.methods.local import Local
 from pplr.federation.methods.pplr import PPLR
+from pplr.federation.methods.pplr_weighted import WeightedPPLR
 
 __all__ = [
     "METHODS",
@@ -22,6 +23,7 @@ __all__ = [
     "Method",
     "Mixing",
     "RoundView",
+    "WeightedPPLR",
     "make_method",
     "register",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pplr.federation.aggregation import mixing_weights, similarity
 from pplr.federation.heating import heating_weight, loss_share
@@ -41,4 +42,8 @@ class PPLR(Method):
                 for share in shares
             ]
         )
-        return Mixing(mixing_weights(alike, heating.tolist()), alike, shares, heating)
+        return Mixing(mixing_weights(self.parts(alike, view), heating.tolist()), alike, shares, heating)
+
+    def parts(self, alike: NDArray[np.float64], view: RoundView) -> NDArray[np.float64]:
+        """Say what part of each client's adapter each client would take, were it not for heating: (C, C)."""
+        return alike
