@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,51 +11,65 @@ from torch import Tensor
 
 from pplr.backbones.adapters import AdapterState, is_lora
 from pplr.errors import FederationError
+from pplr.federation.stacks import Stack, StoredAdapters, stack_of
 
-__all__ = ["AVERAGINGS", "SIMILARITIES", "mix", "mixing_weights", "similarity"]
+__all__ = ["AVERAGINGS", "SIMILARITIES", "mix", "mix_on_disk", "mixing_weights", "similarity"]
 
 Matrix = NDArray[np.float64]
 
 _NOTHING = 1e-12
+_AT_ONCE = 256
+"""Clients whose rows are multiplied with all others' at once."""
+_PAIRS_AT_ONCE = 64
+"""The same, where every pair takes R x R numbers."""
 
 
-def _stacked(states: Sequence[Mapping[str, Tensor]], name: str) -> Tensor:
-    """Stack one tensor of all clients: (C, P), float64."""
-    return torch.stack([state[name].reshape(-1) for state in states]).double()
+def _flat(stack: Stack, name: str) -> Tensor:
+    """Read one tensor of all clients: (C, P), float64."""
+    return stack.rows(name).flatten(1).double()
 
 
-def _gram_of_adapters(adapters: Sequence[AdapterState], initial: AdapterState) -> Matrix:
-    gram = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
+def _gram(rows: Tensor) -> Tensor:
+    """Multiply every two rows, each pair once: (C, P) -> (C, C)."""
+    gram = rows.new_empty(len(rows), len(rows))
+    for start in range(0, len(rows), _AT_ONCE):
+        end = start + _AT_ONCE
+        block = rows[start:end] @ rows[start:].T
+        gram[start:end, start:], gram[start:, start:end] = block, block.T
+    return gram.cpu()
+
+
+def _gram_of_adapters(stack: Stack, initial: AdapterState) -> Matrix:
+    gram = torch.zeros(len(stack), len(stack), dtype=torch.float64)
     for name in initial:
-        rows = _stacked(adapters, name)
-        gram += (rows @ rows.T).cpu()
+        gram += _gram(_flat(stack, name))
     return gram.numpy()
 
 
-def _gram_of_updates(adapters: Sequence[AdapterState], initial: AdapterState) -> Matrix:
-    gram = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
+def _gram_of_updates(stack: Stack, initial: AdapterState) -> Matrix:
+    gram = torch.zeros(len(stack), len(stack), dtype=torch.float64)
     for name, start in initial.items():
-        rows = _stacked(adapters, name)
-        rows = rows - start.reshape(1, -1).to(rows)
-        gram += (rows @ rows.T).cpu()
+        rows = _flat(stack, name)
+        gram += _gram(rows - start.reshape(1, -1).to(rows))
     return gram.numpy()
 
 
-def _gram_of_products(adapters: Sequence[AdapterState], initial: AdapterState) -> Matrix:
+def _gram_of_products(stack: Stack, initial: AdapterState) -> Matrix:
     """⟨B_i A_i, B_j A_j⟩ = Σ (B_iᵀ B_j) ∘ (A_i A_jᵀ), from R x R matrices; BA is never formed."""
-    gram = torch.from_numpy(_gram_of_adapters(adapters, _outside_blocks(initial)))
+    gram = torch.from_numpy(_gram_of_adapters(stack, _outside_blocks(initial)))
     for a_name, b_name in _pairs(initial):
-        a = torch.stack([state[a_name] for state in adapters]).double()  # (C, R, D_in)
-        b = torch.stack([state[b_name] for state in adapters]).double()  # (C, D_out, R)
-        b_inner = torch.einsum("ior,jos->ijrs", b, b)
-        a_inner = torch.einsum("ird,jsd->ijrs", a, a)
-        gram += (b_inner * a_inner).sum(dim=(2, 3)).cpu()
+        a, b = stack.rows(a_name).double(), stack.rows(b_name).double()  # (C, R, D_in), (C, D_out, R)
+        for start in range(0, len(stack), _PAIRS_AT_ONCE):
+            some = slice(start, start + _PAIRS_AT_ONCE)
+            b_inner = torch.einsum("ior,jos->ijrs", b[some], b)
+            a_inner = torch.einsum("ird,jsd->ijrs", a[some], a)
+            gram[some] += (b_inner * a_inner).sum(dim=(2, 3)).cpu()
     return gram.numpy()
 
 
-def _gram_of_nothing(adapters: Sequence[AdapterState], initial: AdapterState) -> Matrix:
+def _gram_of_nothing(stack: Stack, initial: AdapterState) -> Matrix:
     """Every cosine is 1, so that heating alone decides."""
-    return np.ones((len(adapters), len(adapters)))
+    return np.ones((len(stack), len(stack)))
 
 
 SIMILARITIES = {
@@ -67,7 +81,7 @@ SIMILARITIES = {
 """What a cosine may compare."""
 
 
-def _pairs(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+def _pairs(state: Iterable[str]) -> Iterator[tuple[str, str]]:
     for name in state:
         if ".lora_A." in name:
             yield name, name.replace(".lora_A.", ".lora_B.")
@@ -78,13 +92,13 @@ def _outside_blocks(state: AdapterState) -> AdapterState:
     return {name: tensor for name, tensor in state.items() if not is_lora(name)}
 
 
-def similarity(adapters: Sequence[AdapterState], initial: AdapterState, *, of: str = "adapters") -> Matrix:
+def similarity(adapters: Stack | Sequence[AdapterState], initial: AdapterState, *, of: str = "adapters") -> Matrix:
     r"""Compare every two clients' adapters by one scalar.
 
     S_ij = (cos(x_i, x_j) + 1) / 2
 
     Args:
-        adapters: C states with the same names.
+        adapters: C states with the same names, in memory or on disk.
         initial: The adapter that all clients started from.
         of: What x is: ``adapters`` (θ, the paper's), ``updates`` (θ − θ_initial), ``products`` (BA), or ``none``
             (a constant, so S = 1).
@@ -96,7 +110,7 @@ def similarity(adapters: Sequence[AdapterState], initial: AdapterState, *, of: s
     Cites:
         zhao2024pplr
     """
-    gram = SIMILARITIES[of](adapters, initial)
+    gram = SIMILARITIES[of](stack_of(adapters), initial)
     gram = (gram + gram.T) / 2  # sums in another order differ in their last digit
     norms = np.sqrt(np.clip(np.diag(gram), 0, None))
     zero = norms == 0
@@ -132,7 +146,7 @@ def mixing_weights(similarity: Matrix, heating: Sequence[float]) -> Matrix:
 
 
 def mix(
-    adapters: Sequence[AdapterState], weights: Matrix, *, averaging: str = "factors"
+    adapters: Stack | Sequence[AdapterState], weights: Matrix, *, averaging: str = "factors"
 ) -> Iterator[list[dict[str, Tensor]]]:
     r"""Mix all clients' adapters for all clients at once, one LoRA layer after the other.
 
@@ -142,7 +156,7 @@ def mix(
     no more than one layer of all clients is held besides the adapters.
 
     Args:
-        adapters: C states with the same names; not changed here.
+        adapters: C states with the same names, in memory or on disk; not changed here.
         weights: W, (C, C), rows of sum 1.
         averaging: ``factors`` mixes A and B apart, as the paper does; ``freeze_a`` mixes B alone; ``product`` mixes
             the products BA exactly and cuts the mixture back to the rank by a singular value decomposition. What is
@@ -154,25 +168,48 @@ def mix(
     Raises:
         FederationError: The weights do not fit the clients.
     """
-    count = len(adapters)
+    for layer in _mixed_layers(stack_of(adapters), weights, averaging):
+        yield [{name: rows[i] for name, rows in layer.items()} for i in range(len(weights))]
+
+
+def mix_on_disk(adapters: Stack, weights: Matrix, into: StoredAdapters, *, averaging: str = "factors") -> None:
+    """Mix as :func:`mix` does, and write what comes out; tensors that are not mixed are copied.
+
+    Args:
+        adapters: C states.
+        weights: W, (C, C), rows of sum 1.
+        into: Another stack of the same shapes.
+        averaging: As in :func:`mix`.
+
+    Raises:
+        FederationError: The weights do not fit the clients.
+        StorageError: The disk refuses.
+    """
+    left = set(adapters.shapes)
+    for layer in _mixed_layers(adapters, weights, averaging):
+        for name, rows in layer.items():
+            into.write_rows(name, rows)
+        left -= set(layer)
+    for name in left:
+        into.write_rows(name, adapters.rows(name))
+
+
+def _mixed_layers(stack: Stack, weights: Matrix, averaging: str) -> Iterator[dict[str, Tensor]]:
+    """Mix layer by layer; of each its names, and (C, *shape) float32."""
+    count = len(stack)
     if weights.shape != (count, count):
         raise FederationError(
             f"mixing weights of shape {weights.shape} for {count} clients", cure="Give one row and column for each."
         )
-    average = AVERAGINGS[averaging]
-    for a_name, b_name in _pairs(adapters[0]):
-        table = torch.from_numpy(np.ascontiguousarray(weights)).to(adapters[0][a_name].device)
-        a = torch.stack([state[a_name] for state in adapters]).double()  # (C, R, D_in)
-        b = torch.stack([state[b_name] for state in adapters]).double()  # (C, D_out, R)
-        mixed_a, mixed_b = average(a, b, table)
-        yield [
-            ({} if mixed_a is None else {a_name: mixed_a[i].float()}) | {b_name: mixed_b[i].float()}
-            for i in range(count)
-        ]
-    for name, tensor in _outside_blocks(adapters[0]).items():
-        rows = _stacked(adapters, name)  # (C, P)
-        mixed = torch.from_numpy(np.ascontiguousarray(weights)).to(rows) @ rows
-        yield [{name: mixed[i].float().view(tensor.shape)} for i in range(count)]
+    average, table = AVERAGINGS[averaging], torch.from_numpy(np.ascontiguousarray(weights))
+    for a_name, b_name in _pairs(stack.shapes):
+        a, b = stack.rows(a_name).double(), stack.rows(b_name).double()  # (C, R, D_in), (C, D_out, R)
+        mixed_a, mixed_b = average(a, b, table.to(a.device))
+        yield ({} if mixed_a is None else {a_name: mixed_a.float()}) | {b_name: mixed_b.float()}
+    for name in stack.shapes:
+        if not is_lora(name):
+            rows = stack.rows(name).double()
+            yield {name: torch.einsum("ij,j...->i...", table.to(rows), rows).float()}
 
 
 def _mix_factors(a: Tensor, b: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
