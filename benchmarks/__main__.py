@@ -7,7 +7,7 @@ import sys
 
 from benchmarks.summary import write_summary
 
-BENCHMARKS = ("training", "clients", "bfloat16", "epoch", "network", "network_memory", "wire")
+BENCHMARKS = ("training", "clients", "bfloat16", "epoch", "network", "network_memory", "wire", "aggregation")
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from pplr.runtimes.in_process import train
 from pplr.runtimes.stage_channel import StageChannel
 from pplr.runtimes.stage_operator import StageOperator
 from pplr.storage import write_atomic
-from pplr.testing import tiny_decoder, tiny_tokenizer
+from pplr.testing import same_state, tiny_decoder, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -114,10 +114,6 @@ def wait_for(found: Callable[[], Any], processes: list[subprocess.Popen[bytes]] 
     raise AssertionError("waited in vain")
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory, config: Config) -> Path:
     """The run folder of the same federation in one process, with the whole model."""
@@ -158,7 +154,7 @@ def test_three_client_processes_of_three_cuts_end_as_in_one_process(
                 assert not own.keys() & hosted.keys()
                 adapters[name] = {key: (own | hosted)[key] for key in natural_order(own | hosted)}
                 kept = load_file(reference / "rounds" / str(server_round + 1) / name / "local.safetensors")
-                assert same(adapters[name], kept), f"client {name} in server round {server_round + 1}"
+                assert same_state(adapters[name], kept), f"client {name} in server round {server_round + 1}"
             mixing = method.mixing(
                 RoundView(
                     server_round,
@@ -175,7 +171,7 @@ def test_three_client_processes_of_three_cuts_end_as_in_one_process(
                     mixed[name] |= {key: tensor.clone() for key, tensor in tensors.items()}
             for name, state in mixed.items():
                 kept = load_file(reference / "rounds" / str(server_round + 1) / name / "mixed.safetensors")
-                assert same({key: state[key] for key in natural_order(state)}, kept)
+                assert same_state({key: state[key] for key in natural_order(state)}, kept)
                 hosted_names = operator.adapter(name, name).keys()
                 operator.set_adapter(name, name, {key: state[key] for key in hosted_names})
                 own = {key: tensor for key, tensor in state.items() if key not in hosted_names}
@@ -219,7 +215,7 @@ def test_one_command_trains_evaluates_and_recommends_through_the_server_as_in_on
         ours, theirs = (
             folder / "clients" / name / "adapter_model.safetensors" for folder in (tmp_path / "run", reference)
         )
-        assert same(load_file(ours), load_file(theirs)), name
+        assert same_state(load_file(ours), load_file(theirs)), name
     metrics, expected = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "run", reference))
     for part in ("overall", "clients", "spread", "floors", "cut"):
         assert metrics[part] == expected[part]

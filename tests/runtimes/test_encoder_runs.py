@@ -21,6 +21,7 @@ from pplr.runtimes.identity import enroll_client, init_federation, read_server
 from pplr.runtimes.in_process import evaluate_run, train
 from pplr.runtimes.run import open_run
 from pplr.runtimes.stage_server import StageServer
+from pplr.testing import same_adapters
 
 SETTINGS = (
     "backbone.name=encoder",
@@ -39,18 +40,6 @@ def config(small_config: Callable[..., Config], encoder_folder: Path) -> Callabl
         return small_config(f"backbone.model={encoder_folder}", *SETTINGS, *settings)
 
     return make
-
-
-def adapters(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    return {name: load_adapter(folder / "clients" / name) for name in CLIENTS}
-
-
-def same(one: Any, other: Any) -> bool:
-    return all(
-        one[name].keys() == other[name].keys()
-        and all(torch.equal(one[name][key], other[name][key]) for key in one[name])
-        for name in CLIENTS
-    )
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -79,8 +68,8 @@ def test_neither_the_cut_nor_the_network_changes_anything(tmp_path, config, enco
     ended = []
     for name, cut in (("cut", "cut.output_layers=1"), ("whole", "cut=null")):
         run = train(config(cut, f"adapter.kind={kind}"), tmp_path / name)
-        ended.append((adapters(run.folder), run.metrics["overall"], [r["similarity"] for r in run.rounds]))
-    assert same(ended[0][0], ended[1][0])
+        ended.append((run.folder, run.metrics["overall"], [r["similarity"] for r in run.rounds]))
+    assert same_adapters(ended[0][0], ended[1][0])
     assert ended[0][1:] == ended[1][1:]
     init_federation(tmp_path / "ca", "trees", ["localhost"], address="localhost:1")
     enroll_client(tmp_path / "ca", "all", tmp_path / "kit")
@@ -93,7 +82,7 @@ def test_neither_the_cut_nor_the_network_changes_anything(tmp_path, config, enco
         remote.close()
     finally:
         server.stop(0.0)
-    assert same(adapters(remote.folder), ended[0][0])
+    assert same_adapters(remote.folder, ended[0][0])
     assert remote.metrics["overall"] == ended[0][1]
 
 
@@ -122,7 +111,7 @@ def test_the_second_phase_begins_at_each_clients_best_round_and_keeps_its_item_e
     phases = "backbone.encoder.first_phase_rounds=2"
     run = train(config(*settings, "federation.rounds=4", phases), tmp_path / "run")
     first = train(config(*settings, "federation.rounds=2"), tmp_path / "first")
-    best = adapters(first.folder)
+    best = {name: load_adapter(first.folder / "clients" / name) for name in CLIENTS}
 
     def table(server_round: int, name: str) -> torch.Tensor:
         return load_file(run.folder / "rounds" / str(server_round) / name / "local.safetensors")[TABLE]
@@ -170,7 +159,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_never_was(tmp_path, config, aft
     with pytest.raises(KeyboardInterrupt):
         train(config(*settings), tmp_path / "stopped", progress=Stop())
     resumed = train(config(*settings), tmp_path / "stopped", resume=True)
-    assert same(adapters(resumed.folder), adapters(whole.folder))
+    assert same_adapters(resumed.folder, whole.folder)
     assert resumed.metrics["overall"] == whole.metrics["overall"]
 
 

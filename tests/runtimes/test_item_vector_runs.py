@@ -21,7 +21,7 @@ from pplr.runtimes.address import StageServerAt
 from pplr.runtimes.identity import enroll_client, init_federation, read_server
 from pplr.runtimes.in_process import train
 from pplr.runtimes.stage_server import StageServer
-from pplr.testing import refuses
+from pplr.testing import refuses, same_adapters
 
 SETTINGS = (
     "backbone.name=item_vectors",
@@ -40,18 +40,6 @@ def config(small_config: Callable[..., Config], model_folder: Path) -> Callable[
         return small_config(f"backbone.model={model_folder}", *SETTINGS, *settings)
 
     return make
-
-
-def adapters(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    return {name: load_adapter(folder / "clients" / name) for name in CLIENTS}
-
-
-def same(one: Any, other: Any) -> bool:
-    return all(
-        one[name].keys() == other[name].keys()
-        and all(torch.equal(one[name][key], other[name][key]) for key in one[name])
-        for name in CLIENTS
-    )
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -79,8 +67,8 @@ def test_the_cut_changes_nothing(tmp_path, config) -> None:
     ended = []
     for name, cut in (("cut", "cut.output_layers=1"), ("whole", "cut=null")):
         run = train(config(cut), tmp_path / name)
-        ended.append((adapters(run.folder), run.metrics["overall"], [r["similarity"] for r in run.rounds]))
-    assert same(ended[0][0], ended[1][0])
+        ended.append((run.folder, run.metrics["overall"], [r["similarity"] for r in run.rounds]))
+    assert same_adapters(ended[0][0], ended[1][0])
     assert ended[0][1:] == ended[1][1:]
 
 
@@ -93,7 +81,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_never_was(tmp_path, config) -> 
     with pytest.raises(KeyboardInterrupt):
         train(config(), tmp_path / "stopped", progress=Stop())
     resumed = train(config(), tmp_path / "stopped", resume=True)
-    assert same(adapters(resumed.folder), adapters(whole.folder))
+    assert same_adapters(resumed.folder, whole.folder)
 
 
 def test_a_stage_server_that_knows_nothing_of_items_serves_it(tmp_path, config, model_folder) -> None:
@@ -110,7 +98,7 @@ def test_a_stage_server_that_knows_nothing_of_items_serves_it(tmp_path, config, 
     finally:
         server.stop(0.0)
     local = train(config(), tmp_path / "local")
-    assert same(adapters(remote.folder), adapters(local.folder))
+    assert same_adapters(remote.folder, local.folder)
     assert remote.metrics["overall"] == local.metrics["overall"]
 
 

@@ -23,7 +23,7 @@ from pplr.runtimes.stage_server import ServerLimits, StageServer
 from pplr.stages.cut import CutPlan
 from pplr.stages.optimizer import LocalObjective
 from pplr.stages.stage import StageCall
-from pplr.testing import refuses, tiny_backbone
+from pplr.testing import refuses, same_state, tiny_backbone
 
 BACKBONE = tiny_backbone()
 BASE = BACKBONE.fingerprint()
@@ -92,10 +92,6 @@ def train(transport: GrpcTransport, step: int = 1, *, end: bool = True) -> None:
         transport.end_round()
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 def wait_for(what: Callable[[], Any], within_s: float = 5.0) -> None:
     until = time.monotonic() + within_s
     while not what():
@@ -132,12 +128,12 @@ def test_reads_and_writes_an_adapter_and_no_other(house) -> None:
     filled(one, 0.1)
     filled(two, 0.2)
     theirs = two.adapter()
-    assert same(operator.adapter("one", "main"), one.adapter())
+    assert same_state(operator.adapter("one", "main"), one.adapter())
     name = next(iter(theirs))
     operator.set_adapter("one", "main", {name: torch.full_like(theirs[name], 7.0)})
     assert float(one.adapter()[name].sum()) == 7.0 * theirs[name].numel()
     assert all(float(tensor.max()) == pytest.approx(0.1) for other, tensor in one.adapter().items() if other != name)
-    assert same(two.adapter(), theirs)
+    assert same_state(two.adapter(), theirs)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -147,7 +143,7 @@ def test_cannot_poison_an_adapter(house, value) -> None:
     before = one.adapter()
     with refuses(TransportError, "not finite"):
         operator.set_adapter("one", "main", {name: tensor + value for name, tensor in before.items()})
-    assert same(one.adapter(), before)
+    assert same_state(one.adapter(), before)
 
 
 @pytest.mark.parametrize("call", ["adapter", "save", "restore", "dismiss"])
@@ -168,16 +164,16 @@ def test_saves_and_restores_adapter_and_optimizer(tmp_path, house) -> None:
     operator.save("one", "main")
     adapter, optimizer, theirs = one.adapter(), one.optimizer_state(), two.adapter()
     train(one, 2)
-    assert not same(one.adapter(), adapter)
+    assert not same_state(one.adapter(), adapter)
     operator.restore("one", "main")
-    assert same(one.adapter(), adapter)
-    assert same(one.optimizer_state(), optimizer)
-    assert same(two.adapter(), theirs)
+    assert same_state(one.adapter(), adapter)
+    assert same_state(one.optimizer_state(), optimizer)
+    assert same_state(two.adapter(), theirs)
     train(one, 2)  # and it goes on as it did
     ended = one.adapter()
     one.restore()
     train(one, 2)
-    assert same(one.adapter(), ended)
+    assert same_state(one.adapter(), ended)
 
 
 def test_without_a_state_folder_nothing_is_saved(house) -> None:
@@ -194,7 +190,7 @@ def test_what_was_never_saved_cannot_be_restored(tmp_path, house) -> None:
     before = one.adapter()
     with refuses(TransportError, "nothing is saved of one/main"):
         one.restore()
-    assert same(one.adapter(), before)
+    assert same_state(one.adapter(), before)
 
 
 def test_what_was_saved_with_other_settings_is_not_restored(tmp_path, house) -> None:
@@ -217,7 +213,7 @@ def test_a_damaged_state_folder_is_told_without_its_place(tmp_path, house, caplo
     with refuses(TransportError, "Ask its operator"):
         one.restore()
     assert str(tmp_path) in caplog.text
-    assert same(one.adapter(), before)
+    assert same_state(one.adapter(), before)
     with refuses(TransportError, str(tmp_path)):
         house.operator().restore("one", "main")
 
@@ -236,7 +232,7 @@ def test_dismisses_what_is_in_memory_and_leaves_the_disk(tmp_path, house) -> Non
     assert two.adapter()
     again = house.client("one", keep=True)
     assert again.kept
-    assert same(again.adapter(), kept)
+    assert same_state(again.adapter(), kept)
 
 
 def test_metrics_come_by_the_operators_connection_too(house) -> None:
@@ -263,10 +259,10 @@ def test_after_a_restart_a_client_goes_on_where_it_was_saved(tmp_path, house) ->
     house.serve(state=tmp_path)
     again = house.client("one", keep=True)
     assert again.kept
-    assert same(again.adapter(), adapter)
-    assert same(again.optimizer_state(), optimizer)
+    assert same_state(again.adapter(), adapter)
+    assert same_state(again.optimizer_state(), optimizer)
     train(again, 2)
-    assert same(again.adapter(), ended)
+    assert same_state(again.adapter(), ended)
     anew = house.client("one")
     assert not anew.kept
     assert int(anew.optimizer_state()["steps"]) == 0
@@ -281,7 +277,7 @@ def test_going_on_is_from_memory_if_it_is_there(tmp_path, house) -> None:
     newer = one.adapter()
     again = house.client("one", keep=True)
     assert again.kept
-    assert same(again.adapter(), newer)
+    assert same_state(again.adapter(), newer)
     with refuses(ServerLostError):
         one.adapter()
 
@@ -304,7 +300,7 @@ def test_idle_caches_and_passes_are_let_go(house) -> None:
         one.decode(torch.randn(1, 1, 32), StageCall(attention_mask=torch.ones(1, 1, dtype=torch.long)), cache)
     with refuses(TransportError, "no forward pass of step 1"):
         one.backward(1, torch.randn(1, 2, 32), torch.tensor([2]))
-    assert same(one.adapter(), kept)
+    assert same_state(one.adapter(), kept)
 
 
 def test_what_is_in_use_is_not_tidied(house) -> None:
@@ -332,7 +328,7 @@ def test_an_idle_tenancy_is_saved_and_let_go_and_comes_back(tmp_path, house) -> 
         one.adapter()
     again = house.client("one", keep=True)
     assert again.kept
-    assert same(again.adapter(), kept)
+    assert same_state(again.adapter(), kept)
 
 
 def test_an_idle_tenancy_that_cannot_be_saved_stays(tmp_path, house, monkeypatch) -> None:
@@ -419,8 +415,8 @@ def test_stopping_saves_every_tenancy(tmp_path, house) -> None:
     assert len(house.operator().hosted()) == 3
     for (who, tenant), (adapter, optimizer) in kept.items():
         again = house.client(who, tenant, keep=True)
-        assert same(again.adapter(), adapter)
-        assert same(again.optimizer_state(), optimizer)
+        assert same_state(again.adapter(), adapter)
+        assert same_state(again.optimizer_state(), optimizer)
 
 
 @pytest.mark.parametrize("error", [StorageError("full", cure="Free some."), OSError("File name too long")])

@@ -7,7 +7,7 @@ A new backbone or transport is tested by a class of three lines, which inherits 
             return LocalTransport(host, client)
 """
 
-from pplr.testing.contracts import BackboneContract, TransportContract, refuses
+from pplr.testing.contracts import BackboneContract, TransportContract, refuses, same_adapters, same_state
 from pplr.testing.tiny import (
     every_cut,
     peft_model,
@@ -27,6 +27,8 @@ __all__ = [
     "peft_model",
     "random_adapter",
     "refuses",
+    "same_adapters",
+    "same_state",
     "tiny_backbone",
     "tiny_catalog",
     "tiny_decoder",

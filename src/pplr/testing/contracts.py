@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from pplr.backbones.adapters import AdapterState
+from pplr.backbones.adapters import AdapterState, load_adapter
 from pplr.backbones.base import BACKBONES, Backbone, Batch
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import PplrError, TransportError
@@ -22,7 +23,7 @@ from pplr.stages.stage import StageCall
 from pplr.stages.transport import Traffic, Transport
 from pplr.testing.tiny import every_cut, random_adapter, tiny_backbone, tiny_catalog, tiny_samples
 
-__all__ = ["BackboneContract", "TransportContract", "refuses"]
+__all__ = ["BackboneContract", "TransportContract", "refuses", "same_adapters", "same_state"]
 
 
 @contextmanager
@@ -40,8 +41,17 @@ def refuses(kind: type[PplrError], words: str = "") -> Iterator[None]:
     assert "\n" not in str(seen), f"more than one line: {seen}"
 
 
-def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+def same_state(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Say whether two states have the same tensors, bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def same_adapters(one: Path, other: Path) -> bool:
+    """Say whether two run folders end with the same clients and the same adapters, bit for bit."""
+    first, second = (sorted(folder.name for folder in (run / "clients").iterdir()) for run in (one, other))
+    return first == second and all(
+        same_state(load_adapter(one / "clients" / name), load_adapter(other / "clients" / name)) for name in first
+    )
 
 
 def _copy(state: Mapping[str, Tensor]) -> AdapterState:
@@ -115,11 +125,11 @@ class BackboneContract:
         start = random_adapter(whole.shapes)
         model = whole.client("whole", start)
         expected = _train(model, batches)
-        assert not _same(model.adapter(), start)
+        assert not same_state(model.adapter(), start)
         for plan in every_cut(backbone.total_layers)[:-1]:
             cut = self.cut(backbone, plan).client("cut", start)
             assert _train(cut, batches) == expected, plan
-            assert _same(cut.adapter(), model.adapter()), plan
+            assert same_state(cut.adapter(), model.adapter()), plan
 
     def test_recomputing_changes_no_bit(self) -> None:
         """Blocks that run again in the backward pass give the same losses and adapters, though clients alternate."""
@@ -138,7 +148,7 @@ class BackboneContract:
         model.optimizer_step(0.5)
         model.end_round()
         assert [float(loss.detach())] == losses
-        assert _same(model.adapter(), expected.adapter())
+        assert same_state(model.adapter(), expected.adapter())
 
     def test_padding_changes_nothing(self) -> None:
         """A batch's loss is the sum of its samples' losses, each run alone."""
@@ -225,9 +235,9 @@ class TransportContract:
         start = random_adapter(cut.shapes)
         model, whole = self.admit(cut, "one", start), self.whole(start)
         assert _train(model, self.batches(cut)) == _train(whole, self.batches(cut))
-        assert _same(model.adapter(), whole.adapter())
-        assert not _same(model.adapter(), start)
-        assert _same(model.optimizer_state(), whole.optimizer_state())
+        assert same_state(model.adapter(), whole.adapter())
+        assert not same_state(model.adapter(), start)
+        assert same_state(model.optimizer_state(), whole.optimizer_state())
 
     def test_evaluation_over_it_is_that_of_the_whole_model(self) -> None:
         """States with and without the adapter are bitwise those of the uncut model."""
@@ -301,9 +311,9 @@ class TransportContract:
             for model in both.values():
                 model.optimizer_step(0.5)
         for name, model in both.items():
-            assert _same(model.adapter(), alone[name].adapter())
-            assert _same(model.optimizer_state(), alone[name].optimizer_state())
-        assert not _same(both["one"].adapter(), both["two"].adapter())
+            assert same_state(model.adapter(), alone[name].adapter())
+            assert same_state(model.optimizer_state(), alone[name].optimizer_state())
+        assert not same_state(both["one"].adapter(), both["two"].adapter())
 
     def test_states_go_out_and_come_back(self) -> None:
         """An adapter and an optimizer that were read and written back go on bitwise."""
@@ -316,8 +326,8 @@ class TransportContract:
         other.set_adapter(adapter)
         other.restore_optimizer(optimizer)
         assert _train(other, batches) == _train(model, batches)
-        assert _same(other.adapter(), model.adapter())
-        assert not _same(other.adapter(), adapter)
+        assert same_state(other.adapter(), model.adapter())
+        assert not same_state(other.adapter(), adapter)
 
     def test_refuses_what_is_out_of_turn(self) -> None:
         """A step twice, a gradient without a pass, and a closed cache are each a :class:`TransportError`."""

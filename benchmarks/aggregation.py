@@ -1,0 +1,177 @@
+"""Similarity and mixing of many clients' adapters, which lie on disk: seconds, peak memory, and against plain loops.
+
+The adapters are random numbers in the shapes of SmolLM2-135M's LoRA of rank 8 on the query and value projections. Each
+number of clients is measured in a process of its own; the plain loops, the formula written out client by client in
+memory, run with few clients and with the same bits of input.
+
+    python -m benchmarks.aggregation [--clients 10 100 1000] [--method pplr]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.measuring import at_least, at_most, use_all_cores, write_result
+from pplr.backbones.adapters import PEFT_PREFIX, AdapterState
+from pplr.config import FederationConfig
+from pplr.federation.aggregation import mix_on_disk
+from pplr.federation.methods import RoundView, make_method
+from pplr.federation.stacks import StoredAdapters
+from pplr.runtimes.memory import peak_rss_bytes
+
+RANK, LAYERS, WIDTH, VALUES = 8, 30, 576, 192
+LOOPED = 10
+SECONDS, BYTES = 30.0, 2e9
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Name LoRA's factors on SmolLM2-135M's query and value projections."""
+    made: dict[str, tuple[int, ...]] = {}
+    for layer in range(LAYERS):
+        for name, out in (("q_proj", WIDTH), ("v_proj", VALUES)):
+            start = f"{PEFT_PREFIX}model.layers.{layer}.self_attn.{name}"
+            made |= {f"{start}.lora_A.weight": (RANK, WIDTH), f"{start}.lora_B.weight": (out, RANK)}
+    return made
+
+
+def draw(client: int) -> AdapterState:
+    """Draw a client's adapter: one start for all, and what was learned besides."""
+    source, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(client + 1)
+    return {
+        name: 0.02 * torch.randn(shape, generator=source) + 0.005 * torch.randn(shape, generator=own)
+        for name, shape in shapes().items()
+    }
+
+
+def view_of(adapters: Any, clients: int) -> RoundView:
+    """Make what the server knows after a round of local training."""
+    losses = np.random.default_rng(0).normal(3.0, 0.1, clients).tolist()
+    return RoundView(1, adapters, {name: torch.zeros(shape) for name, shape in shapes().items()}, losses, [1] * clients)
+
+
+def measure(clients: int, method: str, folder: Path) -> dict[str, float]:
+    """Weigh and mix in this process."""
+    use_all_cores()
+    adapters = StoredAdapters(folder / "before")
+    into = StoredAdapters.create(folder / "after", adapters.shapes, clients)
+    before = peak_rss_bytes()
+    started = time.perf_counter()
+    mixing = make_method(FederationConfig(method=method, clients=clients)).mixing(view_of(adapters, clients))
+    weighed = time.perf_counter()
+    if mixing.weights is None:
+        raise SystemExit(f"{method} mixes nothing")
+    mix_on_disk(adapters, mixing.weights, into)
+    ended = time.perf_counter()
+    return {
+        "weighing": weighed - started,
+        "mixing": ended - weighed,
+        "total": ended - started,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "before_rss_bytes": before,
+    }
+
+
+def by_loops(states: Sequence[AdapterState], losses: Sequence[float]) -> list[AdapterState]:
+    """Carry a round of ``pplr`` out as the formulas are written: every pair of clients, tensor by tensor."""
+    config = FederationConfig()
+
+    def inner(one: AdapterState, other: AdapterState) -> float:
+        return sum(float((one[name].double() * other[name].double()).sum()) for name in one)
+
+    share = np.exp(np.asarray(losses) / config.temperature - max(losses) / config.temperature)
+    share = share / share.sum()
+    assert config.heating_scale is not None  # noqa: S101
+    mixed = []
+    for i, own in enumerate(states):
+        heat = np.tanh(config.heating_scale / share[i] ** (1 + 1 / config.heating_horizon))
+        weights = []
+        for j, other in enumerate(states):
+            cosine = inner(own, other) / (inner(own, own) * inner(other, other)) ** 0.5
+            weights.append((1.0 if i == j else heat) * (cosine + 1) / 2)
+        made: dict[str, Tensor] = {}
+        for name in own:
+            parts = [weight * state[name].double() for weight, state in zip(weights, states, strict=True)]
+            made[name] = (sum(parts[1:], parts[0]) / sum(weights)).float()
+        mixed.append(made)
+    return mixed
+
+
+def against_loops(folder: Path) -> tuple[float, float]:
+    """Say how many times as long the plain loops take, and the largest difference of a number."""
+    use_all_cores()
+    states = [draw(client) for client in range(LOOPED)]
+    stack = StoredAdapters.create(folder / "before", shapes(), LOOPED)
+    for number, state in enumerate(states):
+        stack.put(number, state)
+    view = view_of(stack, LOOPED)
+    started = time.perf_counter()
+    expected = by_loops(states, view.losses)
+    looped = time.perf_counter() - started
+    measured = measure(LOOPED, "pplr", folder)
+    found = StoredAdapters(folder / "after")
+    worst = max(
+        float((found.get(number)[name] - tensor).abs().max())
+        for number, state in enumerate(expected)
+        for name, tensor in state.items()
+    )
+    return looped / measured["total"], worst
+
+
+def in_a_process(clients: int, method: str) -> dict[str, float]:
+    """Draw the adapters, then measure in a process that does nothing else."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        stack = StoredAdapters.create(folder / "before", shapes(), clients)
+        for client in range(clients):
+            stack.put(client, draw(client))
+        command = [sys.executable, "-m", "benchmarks.aggregation", "--measure", str(clients), name, "--method", method]
+        told = subprocess.run(command, check=True, capture_output=True, text=True)
+        measured: dict[str, float] = json.loads(told.stdout)
+        return measured
+
+
+def main() -> None:
+    """Measure and write ``benchmarks/results/aggregation.json``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", nargs="+", type=int, default=[10, 100, 1000])
+    parser.add_argument("--method", default="pplr")
+    parser.add_argument("--measure", nargs=2, metavar=("CLIENTS", "FOLDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(int(arguments.measure[0]), arguments.method, Path(arguments.measure[1]))))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        ratio, worst = against_loops(Path(folder))
+    rows = [at_least(f"mixing of {LOOPED} clients", "the formula in plain loops", ratio, 1.0)]
+    notes = [f"largest difference of a mixed number from the plain loops': {worst:.1e}"]
+    size = 4 * sum(int(np.prod(shape)) for shape in shapes().values())
+    curve: dict[str, Any] = {}
+    for clients in arguments.clients:
+        measured = in_a_process(clients, arguments.method)
+        curve[str(clients)] = measured
+        held = f"peak {measured['peak_rss_bytes'] / 1e6:.0f} MB, {measured['before_rss_bytes'] / 1e6:.0f} MB before"
+        notes.append(
+            f"{clients} clients, {size / 1e6:.2f} MB each: {measured['total']:.2f} s (similarity and weights "
+            f"{measured['weighing']:.2f} s, mixing {measured['mixing']:.2f} s), {held} it began"
+        )
+        if clients == 1000:
+            rows.append(at_most(f"seconds of {clients} clients", f"{SECONDS:.0f} s", measured["total"] / SECONDS, 1.0))
+            peak = measured["peak_rss_bytes"] / BYTES
+            rows.append(at_most(f"peak memory of {clients} clients", f"{BYTES / 1e9:.0f} GB", peak, 1.0))
+    write_result("aggregation", {"rows": rows, "notes": notes, "curve": curve})
+
+
+if __name__ == "__main__":
+    main()
