@@ -21,7 +21,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "pplr-no-similarity": ("federation.method=pplr", "federation.similarity=none"),
     "pplr-updates": ("federation.method=pplr", "federation.similarity=updates"),
     "pplr-products": ("federation.method=pplr", "federation.similarity=products"),
-    "pplr-weighted": ("federation.method=pplr_weighted",),
+    "pplr_weighted": ("federation.method=pplr_weighted",),
 }
 """Each row of a table, as settings."""
 

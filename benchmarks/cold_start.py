@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from benchmarks.measuring import quality_parser, write_quality
 from benchmarks.quality import finish
-from benchmarks.sasrec import REQUIREMENTS, add_arguments, fit_sasrec
+from benchmarks.sasrec import REQUIREMENTS, add_arguments, cases_of, fit_sasrec
 from pplr.backbones.adapters import load_adapter
 from pplr.config import Config
 from pplr.config_files import load_config
@@ -88,7 +88,7 @@ def measure(models: Mapping[str, Ranker | Mapping[str, Ranker]], data: RunData, 
 
 def at_random(data: RunData, config: Config) -> dict[str, dict[str, float | None]]:
     """Work out what a random order would reach on average, for users of one target each."""
-    cases = [case for own in data.test.values() for case in own]
+    cases = cases_of(data.test)
     unseen, items = set(data.holdout.unseen), len(data.dataset.catalog)
     sizes = {"catalog": [items - len(case.seen) for case in cases]}
     if unseen:
@@ -115,7 +115,7 @@ def one_seed(kind: str, seed: int, arguments: argparse.Namespace) -> dict[str, A
     common = [*arguments.overrides, f"data.holdout={{kind: {kind}, share: {share}}}", f"run.seed={seed}"]
     config = load_config(arguments.config, common)
     data = load_run_data(config)
-    cases = [case for own in data.test.values() for case in own]
+    cases = cases_of(data.test)
     items = len(data.dataset.catalog)
     found: Measured = {}
     for method in arguments.methods:
@@ -126,8 +126,7 @@ def one_seed(kind: str, seed: int, arguments: argparse.Namespace) -> dict[str, A
     others: dict[str, Ranker] = {name: fit_floor(name, data.holdout, items, seed) for name in config.evaluation.floors}
     summary = None
     if not arguments.without_sasrec:
-        looked_at = [case for own in data.validation.values() for case in own]
-        fitted, summary = fit_sasrec(data.holdout, looked_at, cases, items, [seed], arguments)
+        fitted, summary = fit_sasrec(data, [seed], arguments)
         others["sasrec"] = fitted[seed]
     found |= measure(others, data, config)
     return {

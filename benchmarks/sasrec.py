@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from pplr.data.prompts import Case
 from pplr.errors import ConfigError, PplrError
 from pplr.recommend.evaluation import evaluate
 from pplr.recommend.floors import fit_floor
-from pplr.runtimes.assembly import load_run_data
+from pplr.runtimes.assembly import RunData, load_run_data
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = ROOT / ".venv-rectools"
@@ -90,26 +90,16 @@ def histories_of(holdout: Holdout, cases: Sequence[Case]) -> dict[int, list[int]
     return {case.user: list(dict.fromkeys(holdout.history(case.user, "test").tolist())) for case in cases}
 
 
-def fit_sasrec(
-    holdout: Holdout,
-    validation: Sequence[Case],
-    cases: Sequence[Case],
-    items: int,
-    seeds: Sequence[int],
-    arguments: argparse.Namespace,
-) -> tuple[dict[int, Scored], dict[str, Any]]:
-    """Train SASRec with some seeds, the settings chosen by validation with the first.
+def cases_of(parts: Mapping[str, Sequence[Case]]) -> list[Case]:
+    """Put the cases of all clients together."""
+    return [case for own in parts.values() for case in own]
 
-    Args:
-        holdout: Train and validation are read.
-        validation: Whose validation targets are looked at.
-        cases: Whom to score for.
-        items: N.
-        seeds: Seeds.
-        arguments: Those of :func:`add_arguments`.
 
-    Returns:
-        A ranker for each seed, and what was tried and chosen.
+def task(data: RunData, seeds: Sequence[int], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Write down what SASRec trains on, whose validation it looks at, and which settings it tries.
+
+    Raises:
+        ConfigError: Sampled negatives and the loss do not go together.
     """
     if (arguments.loss == "softmax") != (arguments.negatives is None):
         raise ConfigError(
@@ -117,14 +107,14 @@ def fit_sasrec(
             cure="Give --negatives with gBCE or sampled_softmax, and with them alone.",
         )
     sampled = {} if arguments.negatives is None else {"n_negatives": arguments.negatives}
-    looked_at = {case.user for case in validation}
-    told: dict[str, Any] = {
-        "items": items,
-        "train": [own.tolist() for own in holdout.train],
+    looked_at = {case.user for case in cases_of(data.validation)}
+    return {
+        "items": len(data.dataset.catalog),
+        "train": [own.tolist() for own in data.holdout.train],
         "validation": [
-            int(own[0]) if len(own) and user in looked_at else None for user, own in enumerate(holdout.validation)
+            int(own[0]) if len(own) and user in looked_at else None for user, own in enumerate(data.holdout.validation)
         ],
-        "test_histories": histories_of(holdout, cases),
+        "test_histories": histories_of(data.holdout, cases_of(data.test)),
         "settings": [
             {
                 "n_factors": w,
@@ -138,11 +128,30 @@ def fit_sasrec(
             }
             for w, d, n in itertools.product(arguments.widths, arguments.dropouts, arguments.lengths)
         ],
-        "seeds": seeds,
+        "seeds": list(seeds),
         "check_every": arguments.check_every,
         "patience": arguments.patience,
         "most_epochs": arguments.most_epochs,
     }
+
+
+def fit_sasrec(
+    data: RunData, seeds: Sequence[int], arguments: argparse.Namespace
+) -> tuple[dict[int, Scored], dict[str, Any]]:
+    """Train SASRec with some seeds, the settings chosen by validation with the first.
+
+    Args:
+        data: Train and validation are read; the test cases are scored.
+        seeds: Seeds.
+        arguments: Those of :func:`add_arguments`.
+
+    Returns:
+        A ranker for each seed, and what was tried and chosen.
+
+    Raises:
+        ConfigError: Sampled negatives and the loss do not go together.
+    """
+    told = task(data, seeds, arguments)
     python = environment()
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "histories.json", Path(folder) / "scores.npz"
@@ -150,7 +159,7 @@ def fit_sasrec(
         command = [python, str(Path(__file__).with_name("rectools_sasrec.py")), str(source), str(out)]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": ""})
         with np.load(out) as tables:
-            users = [case.user for case in cases]
+            users = list(told["test_histories"])
             return {seed: Scored(tables[f"seed_{seed}"], users) for seed in seeds}, json.loads(str(tables["summary"]))
 
 
@@ -162,10 +171,8 @@ def main() -> None:
     config = load_config(arguments.config, arguments.overrides)
     data = load_run_data(config)
     items = len(data.dataset.catalog)
-    cases = [case for own in data.test.values() for case in own]
-    looked_at = [case for own in data.validation.values() for case in own]
     try:
-        rankers, summary = fit_sasrec(data.holdout, looked_at, cases, items, arguments.seeds, arguments)
+        rankers, summary = fit_sasrec(data, arguments.seeds, arguments)
     except PplrError as error:
         sys.exit(f"error: {error}")
     measured: dict[str, Any] = {f"sasrec, seed {seed}": own for seed, own in rankers.items()}
@@ -179,7 +186,7 @@ def main() -> None:
         "config": str(arguments.config),
         "set": arguments.overrides,
         "holdout_sha256": data.holdout.sha256,
-        "users": len(cases),
+        "users": len(cases_of(data.test)),
         "requirements": REQUIREMENTS,
         "sasrec": summary,
         "overall": {name: own.overall() for name, own in evaluations.items()},

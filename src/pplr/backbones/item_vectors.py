@@ -84,7 +84,10 @@ def whiten(vectors: Tensor, how: Literal["none", "standardise", "zca"]) -> Tenso
 
 
 def _project(vectors: Tensor, ends: Mapping[str, Tensor], direct: str, hidden: str, back: str) -> Tensor:
-    """Map (..., D) by a linear layer and, where there is one, by a hidden layer beside it."""
+    """Map (..., D) to (..., W): W v + B gelu(A v), with the tensors ``direct`` W, ``hidden`` A and ``back`` B.
+
+    Without a hidden layer it is W v alone.
+    """
     projected = F.linear(vectors, ends[direct])
     if hidden not in ends:
         return projected

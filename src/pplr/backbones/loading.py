@@ -354,11 +354,12 @@ def _convert(gguf: Path, target: Path) -> None:
             files = sorted(p.name for p in work.iterdir())
             write_json(work / "manifest.json", {"sha256": {name: sha256_file(work / name) for name in files}})
             work.chmod(0o755)
-            os.replace(work, target)  # noqa: PTH105
-        except OSError:
-            shutil.rmtree(work, ignore_errors=True)
-            if not _is_whole(target):  # unless another process was first, the disk refuses
-                raise
+            try:
+                os.replace(work, target)  # noqa: PTH105
+            except OSError:
+                if not _is_whole(target):  # another process was first, or the disk refuses
+                    raise
+                shutil.rmtree(work)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise

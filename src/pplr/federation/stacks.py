@@ -60,7 +60,8 @@ class HeldAdapters(Stack):
 class StoredAdapters(Stack):
     """Adapters in a folder, a file for each tensor with a row for each client, so that one tensor is held at a time.
 
-    A place to work in: what must outlive the process belongs into a checkpoint.
+    A place to work in: what must outlive the process belongs into a checkpoint. Files are read and written, not mapped
+    into memory: a mapped page counts as resident, and a full disk would end the process instead of raising.
 
     Args:
         folder: One that :meth:`create` has made.
@@ -70,7 +71,6 @@ class StoredAdapters(Stack):
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
         try:
             told = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
             self.shapes = {name: tuple(shape) for name, shape in told["shapes"].items()}
