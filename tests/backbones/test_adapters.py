@@ -62,6 +62,17 @@ def test_dropout_is_inverted_dropout_of_its_seed():
     assert torch.equal(dropout(ones), ones)
 
 
+@pytest.mark.parametrize(("probability", "size"), [(0.05, 99_999), (0.5, 100_001), (0.9, 100_002)])
+def test_dropout_drops_its_share_of_any_number_of_elements(probability: float, size: int):
+    dropout = SeededDropout(probability)
+    dropout.reseed(3)
+    dropped = dropout(torch.ones(size, dtype=torch.bfloat16)) == 0
+    spread = math.sqrt(probability * (1 - probability) / size)
+    assert float(dropped.float().mean()) == pytest.approx(probability, abs=4 * spread)
+    neighbours = (dropped[1:] & dropped[:-1]).float().mean()  # draws that share one word are independent
+    assert float(neighbours) == pytest.approx(probability**2, abs=6 * spread)
+
+
 def test_dropout_passes_its_own_mask_to_gradients():
     dropout = SeededDropout(0.5)
     dropout.reseed(1)

@@ -114,6 +114,24 @@ def test_what_enters_the_first_block_is_a_projection_and_a_hidden_layer_beside_i
         torch.testing.assert_close(found[0, 0].double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("narrow", [True, False], ids=["bfloat16", "widened"])
+def test_projections_of_items_are_computed_as_the_blocks_are(monkeypatch: pytest.MonkeyPatch, narrow: bool) -> None:
+    """In bfloat16 where the processor multiplies it, with float32 weights, gradients and results."""
+    monkeypatch.setattr("pplr.backbones.arithmetic.multiplies_bfloat16", lambda: narrow)
+    wide, backbone = make(), ItemVectors(tiny_backbone(dtype=torch.bfloat16), CONFIG)
+    backbone.prepare(tiny_catalog(), read)
+    weights = {name: own.requires_grad_() for name, own in client(wide).adapter().items() if "item_out" in name}
+    placed, exact = backbone.items(weights), wide.items(weights)
+    assert placed.dtype == torch.float32
+    error = float((placed - exact).detach().norm() / exact.detach().norm())
+    assert (1e-4 < error < 1e-2) if narrow else error < 1e-6
+    probe = torch.randn(placed.shape, generator=torch.Generator().manual_seed(0))
+    found = torch.autograd.grad((placed * probe).sum(), weights["item_out.item.hidden.weight"])[0]
+    truth = torch.autograd.grad((exact * probe).sum(), weights["item_out.item.hidden.weight"])[0]
+    assert found.dtype == torch.float32
+    assert float((found - truth).norm() / truth.norm()) < 3e-2
+
+
 def test_a_hidden_layer_adds_nothing_at_the_start() -> None:
     shapes = make().end_shapes("input") | make().end_shapes("output")
     backs = [name for name in shapes if ".back." in name]

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pplr.backbones.arithmetic import is_widened
 from pplr.backbones.base import Batch, Blocks, End, MatchingBackbone, register
 from pplr.backbones.causal_lm import CausalLM, DecoderBlocks
 from pplr.backbones.losses import catalog_loss
@@ -83,15 +84,19 @@ def whiten(vectors: Tensor, how: Literal["none", "standardise", "zca"]) -> Tenso
     return (centred @ ((directions * scale) @ directions.t())).float()
 
 
-def _project(vectors: Tensor, ends: Mapping[str, Tensor], direct: str, hidden: str, back: str) -> Tensor:
+def _project(
+    vectors: Tensor, ends: Mapping[str, Tensor], direct: str, hidden: str, back: str, dtype: torch.dtype
+) -> Tensor:
     """Map (..., D) to (..., W): W v + B gelu(A v), with the tensors ``direct`` W, ``hidden`` A and ``back`` B.
 
-    Without a hidden layer it is W v alone.
+    Without a hidden layer it is W v alone. Products are of ``dtype``, the result is float32.
     """
-    projected = F.linear(vectors, ends[direct])
+    vectors = vectors.to(dtype)
+    projected = F.linear(vectors, ends[direct].to(dtype)).float()
     if hidden not in ends:
         return projected
-    return projected + F.linear(F.gelu(F.linear(vectors, ends[hidden])), ends[back])
+    between = F.gelu(F.linear(vectors, ends[hidden].to(dtype)))
+    return projected + F.linear(between, ends[back].to(dtype)).float()
 
 
 @register
@@ -149,6 +154,11 @@ class ItemVectors(MatchingBackbone):
     def fingerprint(self) -> str:
         """Hash of the frozen decoder; a server that hosts its middle needs to know no more."""
         return self.text.fingerprint()
+
+    @property
+    def _products(self) -> torch.dtype:
+        """What projections of items are computed in: as the blocks are, with float32 weights."""
+        return torch.float32 if is_widened(torch.empty(0, dtype=self.dtype, device=self.device)) else self.dtype
 
     # -- items ------------------------------------------------------------------------------------------------
 
@@ -238,7 +248,7 @@ class ItemVectors(MatchingBackbone):
 
     def embed(self, input_ids: Tensor, ends: Mapping[str, Tensor], dropout_seed: int | None = None) -> Tensor:
         """Project the vectors of items (B, T) into the model: (B, T, D)."""
-        states = _project(self.vectors[input_ids], ends, _IN, _HIDDEN_IN, _BACK_IN)
+        states = _project(self.vectors[input_ids], ends, _IN, _HIDDEN_IN, _BACK_IN, self._products)
         if _RESIDUAL_IN in ends:
             states = states + F.embedding(input_ids, ends[_RESIDUAL_IN])
         self._dropout.reseed(None if dropout_seed is None else derive_seed(dropout_seed, "item vectors"))
@@ -252,7 +262,7 @@ class ItemVectors(MatchingBackbone):
             chosen: (M,) item numbers; the whole catalog when absent.
         """
         vectors = self.vectors if chosen is None else self.vectors[chosen]
-        placed = _project(vectors, ends, _ITEM, _HIDDEN_ITEM, _BACK_ITEM)
+        placed = _project(vectors, ends, _ITEM, _HIDDEN_ITEM, _BACK_ITEM, self._products)
         if _RESIDUAL_OUT in ends:
             placed = placed + (ends[_RESIDUAL_OUT] if chosen is None else ends[_RESIDUAL_OUT][chosen])
         return F.normalize(placed, dim=-1)

@@ -67,7 +67,7 @@ def catalog_loss(
     chosen = draw_negatives(input_ids, labels, config.negatives, total) if training else None
     if chosen is not None:
         labels = torch.searchsorted(chosen, labels)
-    scores = queries @ items(chosen).t() / config.temperature
+    scores = (queries / config.temperature) @ items(chosen).t()
     if training and len(left_out):
         scores = scores.masked_fill(left_out if chosen is None else left_out[chosen], -torch.inf)
     return F.cross_entropy(scores, labels, reduction="sum")
