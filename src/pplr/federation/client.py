@@ -19,6 +19,9 @@ from pplr.stages.transport import Traffic
 
 __all__ = ["Best", "FederatedClient", "Validate"]
 
+_OPTIMIZER = "optimizer."
+_PERSONAL = "personal."
+
 Validate = Callable[[ClientModel], Mapping[str, float | None]]
 """Measures a client's model on its own validation cases."""
 
@@ -122,6 +125,25 @@ class FederatedClient:
         """Take mixed tensors into the exchanged adapter; tensors that are not given stay."""
         self.model.set_adapter(state)
 
+    def state(self) -> dict[str, Tensor]:
+        """Return adapters and optimizers as flat tensors: what the next round depends on."""
+        flat = dict(self.model.adapter())
+        flat |= {_OPTIMIZER + name: tensor for name, tensor in self.model.optimizer_state().items()}
+        if self.personal is not None:
+            flat |= {_PERSONAL + name: tensor for name, tensor in self.personal.adapter().items()}
+            own = self.personal.optimizer_state()
+            flat |= {_PERSONAL + _OPTIMIZER + name: tensor for name, tensor in own.items()}
+        return {name: tensor.cpu() for name, tensor in flat.items()}
+
+    def restore(self, flat: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`state` returned."""
+        self.model.set_adapter({k: v for k, v in flat.items() if not k.startswith((_OPTIMIZER, _PERSONAL))})
+        self.model.restore_optimizer(_without(flat, _OPTIMIZER))
+        if self.personal is not None:
+            own = _without(flat, _PERSONAL)
+            self.personal.set_adapter({k: v for k, v in own.items() if not k.startswith(_OPTIMIZER)})
+            self.personal.restore_optimizer(_without(own, _OPTIMIZER))
+
     def validate(self, server_round: int, metric: str) -> tuple[Mapping[str, float | None], bool]:
         """Measure the serving model on the client's own validation cases.
 
@@ -148,3 +170,7 @@ class FederatedClient:
         if improved:
             self.best = Best(server_round, score)
         return measured, improved
+
+
+def _without(flat: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in flat.items() if name.startswith(prefix)}
