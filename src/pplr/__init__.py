@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pplr.config_files import config_template, load_config
     from pplr.errors import PplrError
     from pplr.runtimes.address import StageServerAt
-    from pplr.runtimes.in_process import train
+    from pplr.runtimes.launch import train
     from pplr.runtimes.run import Recommendation, Run, open_run
 
 __version__ = "0.1.0.dev0"
@@ -45,7 +45,7 @@ _HOME = {
     "config_template": "pplr.config_files",
     "load_config": "pplr.config_files",
     "open_run": "pplr.runtimes.run",
-    "train": "pplr.runtimes.in_process",
+    "train": "pplr.runtimes.launch",
 }
 
 

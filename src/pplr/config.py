@@ -351,6 +351,13 @@ class FederationConfig(_Section):
     proximal_mu: float = Field(default=0.01, ge=0)
     """Strength of the pull towards the server's adapter in `fedprox` and `ditto`."""
 
+    fewest: int = Field(default=2, ge=1)
+    """Fewest updates that make a round, where clients can be lost; all participants' where there are fewer."""
+
+    norm_factor: float = Field(default=100.0, gt=1)
+    """An update is refused whose norm is more than this many times the median of its round. Applies where clients
+    run elsewhere; among fewer than three updates none is refused for its size."""
+
 
 class EvaluationConfig(_Section):
     """How rankings are made and measured."""
@@ -391,8 +398,21 @@ class EvaluationConfig(_Section):
 class RuntimeConfig(_Section):
     """Where it runs."""
 
-    name: Literal["in_process"] = "in_process"
-    """`in_process`: all clients and the server in this process, the reference."""
+    name: Literal["in_process", "flower_simulation"] = "in_process"
+    """`in_process`: all clients and the server in this process, the reference. `flower_simulation`: clients are
+    actors of Flower's Ray engine on this machine or a Ray cluster (`pip install 'pplr[flower]'`)."""
+
+    deadline_s: float = Field(default=3600.0, gt=0)
+    """Seconds that Flower waits for the reports of a round; a client that has not answered is left out of it."""
+
+    attempts: int = Field(default=3, ge=1)
+    """How often a round is ordered anew when fewer than `federation.fewest` clients answer, before the run ends."""
+
+    client_cpus: float = Field(default=1.0, gt=0)
+    """Processors that `flower_simulation` gives to each client that trains; so many train at once as fit."""
+
+    client_gpus: float = Field(default=0.0, ge=0)
+    """GPUs that `flower_simulation` gives to each client that trains; a share of one lets several use it."""
 
     threads: int | None = Field(default=None, ge=1)
     """Compute threads; the machine's cores when absent. Results are bitwise repeatable for one number of threads."""

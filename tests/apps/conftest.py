@@ -76,11 +76,11 @@ def fake_run(evaluation: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Stand in for the runtimes, which load torch: set ``train`` and ``open_run``."""
-    in_process, run = ModuleType("pplr.runtimes.in_process"), ModuleType("pplr.runtimes.run")
+    launch, run = ModuleType("pplr.runtimes.launch"), ModuleType("pplr.runtimes.run")
     fakes = SimpleNamespace(train=None, open_run=None, servers=[])
-    in_process.train = lambda *args, **options: fakes.train(*args, **options)  # type: ignore[attr-defined]
+    launch.train = lambda *args, **options: fakes.train(*args, **options)  # type: ignore[attr-defined]
     run.open_run = lambda folder, server=None: (fakes.servers.append(server), fakes.open_run(folder))[1]  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, in_process.__name__, in_process)
+    monkeypatch.setitem(sys.modules, launch.__name__, launch)
     monkeypatch.setitem(sys.modules, run.__name__, run)
     return fakes
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from pplr.config import FederationConfig
 from pplr.errors import ConfigError
 from pplr.federation.aggregation import similarity
+from pplr.federation.decisions import participants_of
 from pplr.federation.heating import heating_weight, loss_share
 from pplr.federation.methods import METHODS, Method, Mixing, RoundView, make_method, register
-from pplr.federation.decisions import participants_of
 from pplr.recommend.training import train_locally
 from pplr.stages.optimizer import LocalObjective
 

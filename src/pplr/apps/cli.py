@@ -24,6 +24,7 @@ __all__ = ["app", "main"]
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
 _EXTRAS = dict.fromkeys(("cryptography", "grpc", "grpc_health", "google", "prometheus_client"), "network")
+_EXTRAS |= dict.fromkeys(("flwr", "ray"), "flower")
 """Packages that only some commands need, and the extra that installs each."""
 
 
@@ -126,7 +127,7 @@ def train(
     server = stage_server_at(stage_server, kit)
     try:
         with screen.busy("loading libraries"):
-            from pplr.runtimes.in_process import train as train_run
+            from pplr.runtimes.launch import train as train_run
         run = train_run(chosen, folder, resume=resume, progress=progress, stage_server=server)
         run.close()
     except KeyboardInterrupt as error:

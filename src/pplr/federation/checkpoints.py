@@ -126,13 +126,16 @@ class CheckpointStore:
         hashes = {path.name: sha256_file(path) for path in sorted(work.iterdir())}
         write_json(work / "manifest.json", {"format": FORMAT, "sha256": hashes})
 
-    def newest(self) -> Checkpoint | None:
+    def newest(self, before: int | None = None) -> Checkpoint | None:
         """Return the newest checkpoint that is whole; each damaged one on the way is told aloud.
+
+        Args:
+            before: Pass over those of this server round, counted from 0, and later ones.
 
         Raises:
             CheckpointError: There are checkpoints, and none of them is whole, or the newest is of a newer format.
         """
-        folders = self._folders()
+        folders = [folder for folder in self._folders() if before is None or int(folder.name) <= before]
         for folder in folders:
             try:
                 found = self._read(folder)

@@ -198,6 +198,11 @@ class Assembly:
             return self.model
         return self._model(CutPlan.make(cut.by_client[client], self.backbone.total_layers))
 
+    def exchanged(self, state: AdapterState) -> AdapterState:
+        """Leave out of an adapter what never leaves a client."""
+        private = self.backbone.private
+        return {name: tensor for name, tensor in state.items() if name not in private}
+
     def admit(self, client: str, adapter: AdapterState, purpose: str = "") -> ClientModel:
         """Admit a client, or a second model of it for some purpose, with an adapter to start from."""
         return self.model_of(client).client(f"{client} {purpose}".strip(), adapter)

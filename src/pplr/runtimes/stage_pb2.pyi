@@ -47,7 +47,7 @@ class States(_message.Message):
     lengths: _containers.RepeatedScalarFieldContainer[int]
     data: bytes
     scales: bytes
-    def __init__(self, rows: _Optional[int] = ..., tokens: _Optional[int] = ..., width: _Optional[int] = ..., wire: _Optional[_Union[Wire, str]] = ..., padded_left: _Optional[bool] = ..., lengths: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ..., scales: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, rows: _Optional[int] = ..., tokens: _Optional[int] = ..., width: _Optional[int] = ..., wire: _Optional[_Union[Wire, str]] = ..., padded_left: bool = ..., lengths: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ..., scales: _Optional[bytes] = ...) -> None: ...
 
 class NamedTensor(_message.Message):
     __slots__ = ("name", "dtype", "shape", "data")
@@ -99,7 +99,7 @@ class HelloRequest(_message.Message):
     tenant: str
     attempt: int
     keep: bool
-    def __init__(self, version: _Optional[str] = ..., base_sha256: _Optional[str] = ..., input_layers: _Optional[int] = ..., output_layers: _Optional[int] = ..., total_layers: _Optional[int] = ..., wires: _Optional[_Iterable[_Union[Wire, str]]] = ..., adapter_json: _Optional[str] = ..., training_json: _Optional[str] = ..., tenant: _Optional[str] = ..., attempt: _Optional[int] = ..., keep: _Optional[bool] = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., base_sha256: _Optional[str] = ..., input_layers: _Optional[int] = ..., output_layers: _Optional[int] = ..., total_layers: _Optional[int] = ..., wires: _Optional[_Iterable[_Union[Wire, str]]] = ..., adapter_json: _Optional[str] = ..., training_json: _Optional[str] = ..., tenant: _Optional[str] = ..., attempt: _Optional[int] = ..., keep: bool = ...) -> None: ...
 
 class HelloReply(_message.Message):
     __slots__ = ("session", "wire", "max_message_bytes", "max_batch", "max_tokens", "kept")
@@ -115,7 +115,7 @@ class HelloReply(_message.Message):
     max_batch: int
     max_tokens: int
     kept: bool
-    def __init__(self, session: _Optional[int] = ..., wire: _Optional[_Union[Wire, str]] = ..., max_message_bytes: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_tokens: _Optional[int] = ..., kept: _Optional[bool] = ...) -> None: ...
+    def __init__(self, session: _Optional[int] = ..., wire: _Optional[_Union[Wire, str]] = ..., max_message_bytes: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_tokens: _Optional[int] = ..., kept: bool = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
     __slots__ = ("header", "states", "step", "keep", "adapter", "has_dropout_seed", "dropout_seed")
@@ -133,7 +133,7 @@ class ForwardRequest(_message.Message):
     adapter: bool
     has_dropout_seed: bool
     dropout_seed: int
-    def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., states: _Optional[_Union[States, _Mapping]] = ..., step: _Optional[int] = ..., keep: _Optional[bool] = ..., adapter: _Optional[bool] = ..., has_dropout_seed: _Optional[bool] = ..., dropout_seed: _Optional[int] = ...) -> None: ...
+    def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., states: _Optional[_Union[States, _Mapping]] = ..., step: _Optional[int] = ..., keep: bool = ..., adapter: bool = ..., has_dropout_seed: bool = ..., dropout_seed: _Optional[int] = ...) -> None: ...
 
 class BackwardRequest(_message.Message):
     __slots__ = ("header", "step", "states")
@@ -165,7 +165,7 @@ class BeginRoundRequest(_message.Message):
     train_a: bool
     has_anchor: bool
     anchor: Tensors
-    def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., total_steps: _Optional[int] = ..., proximal_mu: _Optional[float] = ..., train_a: _Optional[bool] = ..., has_anchor: _Optional[bool] = ..., anchor: _Optional[_Union[Tensors, _Mapping]] = ...) -> None: ...
+    def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., total_steps: _Optional[int] = ..., proximal_mu: _Optional[float] = ..., train_a: bool = ..., has_anchor: bool = ..., anchor: _Optional[_Union[Tensors, _Mapping]] = ...) -> None: ...
 
 class NormRequest(_message.Message):
     __slots__ = ("header",)
@@ -271,7 +271,7 @@ class Tenancy(_message.Message):
     in_memory: bool
     on_disk: bool
     idle_s: float
-    def __init__(self, client: _Optional[str] = ..., tenant: _Optional[str] = ..., input_layers: _Optional[int] = ..., output_layers: _Optional[int] = ..., rank: _Optional[int] = ..., steps: _Optional[int] = ..., in_memory: _Optional[bool] = ..., on_disk: _Optional[bool] = ..., idle_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, client: _Optional[str] = ..., tenant: _Optional[str] = ..., input_layers: _Optional[int] = ..., output_layers: _Optional[int] = ..., rank: _Optional[int] = ..., steps: _Optional[int] = ..., in_memory: bool = ..., on_disk: bool = ..., idle_s: _Optional[float] = ...) -> None: ...
 
 class TenancyList(_message.Message):
     __slots__ = ("tenancies",)

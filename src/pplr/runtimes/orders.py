@@ -1,0 +1,214 @@
+"""The server's orders to its clients and what it makes of their reports, as bytes, whatever carries them."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pplr.backbones.adapters import AdapterState, adapter_sha256
+from pplr.errors import FederationError, PplrError, WireError
+from pplr.federation.decisions import Trained
+from pplr.federation.server import FederationServer
+from pplr.recommend.training import LocalResult
+from pplr.runtimes.parcels import Parcel
+from pplr.runtimes.participant import HELLO, TEST, TRAIN, VALIDATE
+
+__all__ = ["OrderDesk", "read_hello"]
+
+_SAME = "Use the same configuration, model and catalog on both sides."
+_RESULT = {"samples": int, "steps": int, "tokens": int, "targets": int, "loss": float, "seconds": float}
+
+
+def read_hello(report: bytes, *, whose: str) -> str:
+    """Read the name that a client gives; the rest is checked by :meth:`OrderDesk.greet`."""
+    return str(_unpack(report, HELLO, whose).told.get("client"))
+
+
+def _unpack(report: bytes, kind: str, whose: str) -> Parcel:
+    parcel = Parcel.unpack(report, whose=whose)
+    if parcel.kind != kind:
+        raise WireError(f"{whose} answered {parcel.kind!r} to an order {kind!r}", cure=_SAME)
+    return parcel
+
+
+def _result_of(told: Any, whose: str) -> LocalResult:
+    """Read how a training went: these fields, each of its type, and no other."""
+    if not isinstance(told, dict) or set(told) != set(_RESULT):
+        raise WireError(f"{whose} does not tell how its training went", cure=_SAME)
+    for name, kind in _RESULT.items():
+        if type(told[name]) not in (kind, int):
+            raise WireError(f"{whose} tells {name} {told[name]!r}, which is no number", cure=_SAME)
+    return LocalResult(**{name: kind(told[name]) for name, kind in _RESULT.items()})
+
+
+class OrderDesk:
+    """Orders of one run, in the order of its rounds: train, validate, and at the end test.
+
+    A report counts once, for the attempt that it answers: a late one, of a round or an attempt that is over, is
+    passed over, and so is whatever cannot be read.
+
+    Args:
+        server: What is decided by.
+        model_sha256: The frozen base that every client must hold.
+        catalog_sha256: The catalog that every client must have.
+        note: Told of every report that is passed over, and why.
+    """
+
+    def __init__(
+        self, server: FederationServer, model_sha256: str, catalog_sha256: str, note: Callable[[str], None]
+    ) -> None:
+        self.server = server
+        self._shared = {
+            "initial_sha256": adapter_sha256(server.initial),
+            "model_sha256": model_sha256,
+            "catalog_sha256": catalog_sha256,
+        }
+        self._note = note
+        self._attempt = ""
+        self._failed = 0
+        self._traffic: dict[str, dict[str, int]] = {"bytes_up": {}, "bytes_down": {}}
+
+    # -- who is there -------------------------------------------------------------------------------------------
+
+    def greeting(self) -> bytes:
+        """Order a client to say who it is and what it has."""
+        return Parcel(HELLO).pack()
+
+    def greet(self, name: str, report: bytes) -> None:
+        """Check that a client starts from the same as the server.
+
+        Raises:
+            FederationError: It is no client of this run, or it has another base, catalog or start.
+        """
+        if name not in self.server.names:
+            raise FederationError(
+                f"a client says it is {name!r}; the run knows {', '.join(self.server.names)}",
+                cure="Give it the kit of one of them.",
+            )
+        told = _unpack(report, HELLO, f"client {name}").told
+        for key, digest in self._shared.items():
+            if told.get(key) != digest:
+                what = key.removesuffix("_sha256")
+                raise FederationError(f"client {name} has another {what} than the server", cure=_SAME)
+
+    # -- a round ------------------------------------------------------------------------------------------------
+
+    def training_orders(self) -> dict[str, bytes]:
+        """Order the participants of the next round to train, each from its own adapter."""
+        self._attempt = uuid.uuid4().hex
+        return {name: self._order(TRAIN, self.server.adapter_of(name)) for name in self.server.participants()}
+
+    def take_training(self, reports: Mapping[str, bytes]) -> bool:
+        """Mix what the participants trained.
+
+        Args:
+            reports: Of every participant that answered in time.
+
+        Returns:
+            Whether the round stands; if not, its training is to be ordered again.
+
+        Raises:
+            FederationError: Too few answered, for the last time.
+        """
+        trained: dict[str, Trained] = {}
+        self._traffic = {"bytes_up": {}, "bytes_down": {}}
+        for name, parcel in self._read(TRAIN, reports).items():
+            try:
+                told = parcel.told
+                result = _result_of(told.get("result"), f"client {name}")
+                counts = {key: _count(told.get(key), key, name) for key in ("samples", *self._traffic)}
+            except WireError as error:
+                self._note(str(error))
+                continue
+            trained[name] = Trained(dict(parcel.tensors), result, counts["samples"])
+            for key, own in self._traffic.items():
+                own[name] = counts[key]
+        try:
+            self.server.mix(trained)
+        except FederationError as error:
+            self._failed += 1
+            if self._failed >= self.server.config.runtime.attempts:
+                raise
+            self._note(f"{error.args[0]}: it is ordered again")
+            return False
+        self._failed = 0
+        return True
+
+    def validation_orders(self) -> dict[str, bytes]:
+        """Order every client whose adapter changed to measure it."""
+        return {name: self._order(VALIDATE, self.server.adapter_of(name)) for name in self.server.changed()}
+
+    def take_validation(self, reports: Mapping[str, bytes]) -> dict[str, Any]:
+        """Record and checkpoint the round; a client that did not measure counts as not improved.
+
+        Returns:
+            The record of the round.
+        """
+        measured: dict[str, dict[str, float | None]] = {}
+        improved = []
+        for name, parcel in self._read(VALIDATE, reports).items():
+            values = parcel.told.get("measured")
+            try:
+                if not isinstance(values, dict) or not all(_is_number(value) for value in values.values()):
+                    raise WireError(f"client {name} tells {values!r} of its validation", cure=_SAME)
+                counts = {key: _count(parcel.told.get(key), key, name) for key in self._traffic}
+            except WireError as error:
+                self._note(str(error))
+                continue
+            for key, own in self._traffic.items():
+                if name in own:  # it trained as well
+                    own[name] += counts[key]
+            measured[name] = {str(key): None if value is None else float(value) for key, value in values.items()}
+            if parcel.told.get("improved") is True:
+                improved.append(name)
+        return self.server.finish(measured, improved, self._traffic)
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def test_orders(self) -> dict[str, bytes]:
+        """Order every client to write its best adapter and to measure it on its test cases."""
+        return {name: Parcel(TEST).pack() for name in self.server.names}
+
+    def take_tests(self, reports: Mapping[str, bytes]) -> dict[str, Mapping[str, Any]]:
+        """Read what each client tells of its test; means alone."""
+        told = {}
+        for name, report in reports.items():
+            try:
+                told[name] = _unpack(report, TEST, f"client {name}").told
+            except WireError as error:
+                self._note(str(error))
+        return told
+
+    # -- parts --------------------------------------------------------------------------------------------------
+
+    def _order(self, kind: str, adapter: AdapterState) -> bytes:
+        told = {"server_round": self.server.next_round, "attempt": self._attempt}
+        return Parcel(kind, told, adapter).pack()
+
+    def _read(self, kind: str, reports: Mapping[str, bytes]) -> dict[str, Parcel]:
+        """Read the reports that answer the order of this round and attempt."""
+        found = {}
+        expected = (self.server.next_round, self._attempt)
+        for name, report in reports.items():
+            try:
+                parcel = _unpack(report, kind, f"client {name}")
+            except PplrError as error:
+                self._note(str(error))
+                continue
+            answers = (parcel.told.get("server_round"), parcel.told.get("attempt"))
+            if answers != expected:
+                self._note(f"client {name} answers an order that is over, of server round {answers[0]!r}: passed over")
+            else:
+                found[name] = parcel
+        return found
+
+
+def _count(value: Any, key: str, name: str) -> int:
+    if type(value) is not int or value < 0:
+        raise WireError(f"client {name} tells {key} {value!r}, which counts nothing", cure=_SAME)
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))

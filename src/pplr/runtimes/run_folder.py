@@ -1,0 +1,157 @@
+"""A run folder while a run writes it: claimed by one process, and begun with what the run is of."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from pplr.config import Config
+from pplr.errors import RunError
+from pplr.progress import Progress
+from pplr.runtimes.assembly import Assembly
+from pplr.runtimes.run import open_run
+from pplr.storage import storage_errors, write_atomic, write_json
+
+__all__ = ["HasRecords", "RoundWriter", "claimed", "write_start"]
+
+
+class HasRecords(Protocol):
+    """Whoever keeps the records of the finished server rounds."""
+
+    records: list[dict[str, Any]]
+
+
+class RoundWriter:
+    """Hears every server round, and writes ``rounds.jsonl`` before passing it on."""
+
+    def __init__(self, standing: HasRecords, folder: Path, progress: Progress) -> None:
+        self._standing, self._path, self._progress = standing, folder / "rounds.jsonl", progress
+        self.note, self.task = progress.note, progress.task
+
+    def write(self) -> None:
+        """Write all records so far."""
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in self._standing.records)
+        write_atomic(self._path, lines.encode())
+
+    def server_round(self, record: Mapping[str, Any]) -> None:
+        """Hear the record of a finished server round."""
+        self.write()
+        self._progress.server_round(record)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, config: Config, *, resume: bool) -> Iterator[None]:
+    """Claim a run folder for this process, and refuse one that holds something else."""
+    path = folder / "config.yaml"
+    _refuse_foreign(folder)
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(
+                f"another process is writing {folder}", cure="Wait for it, or choose another --run-dir."
+            ) from None
+        if path.exists():
+            before = open_run(folder).config
+            if before != config:
+                raise RunError(
+                    f"{folder} holds a run of another configuration ({_first_difference(before, config)})",
+                    cure="Choose another --run-dir.",
+                )
+            if not resume:
+                raise RunError(
+                    f"{folder} holds this run already", cure="Go on with --resume, or choose another --run-dir."
+                )
+        _refuse_foreign(folder)
+        with storage_errors(folder):
+            for remains in list(folder.rglob(".*.tmp")):  # of a process that was killed
+                if remains.is_dir():
+                    shutil.rmtree(remains)
+                else:
+                    remains.unlink(missing_ok=True)
+        yield
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Touch nothing in a folder that holds something else than a run."""
+    if not folder.is_dir() or (folder / "config.yaml").exists():
+        return
+    names = sorted(path.name for path in folder.iterdir())
+    if others := [name for name in names if name != ".lock" and not fnmatch(name, ".config.yaml.*.tmp")]:
+        raise RunError(
+            f"{folder} is not empty and is not a run folder (it holds {others[0]})", cure="Choose another --run-dir."
+        )
+
+
+def _first_difference(before: Config, after: Config) -> str:
+    def walk(a: Any, b: Any, place: str) -> str | None:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in a:
+                if found := walk(a[key], b.get(key), f"{place}.{key}".strip(".")):
+                    return found
+            return None
+        return f"{place} is {a} there and {b} here" if a != b else None
+
+    return walk(before.model_dump(mode="json"), after.model_dump(mode="json"), "") or "the same fields"
+
+
+def write_start(folder: Path, assembly: Assembly) -> None:
+    """Write the configuration and where everything came from; a run that goes on must find the same there."""
+    import numpy
+    import peft
+    import transformers
+
+    import pplr
+
+    data = assembly.data
+    content: dict[str, Any] = {
+        "seed": assembly.config.run.seed,
+        "versions": {
+            "pplr": pplr.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+            "numpy": numpy.__version__,
+        },
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+        "data": {
+            "source": data.dataset.name,
+            "users": len(data.dataset.user_ids),
+            "items": len(data.dataset.catalog),
+            "interactions": len(data.dataset.interactions),
+            "users_without_test_case": data.left_out,
+            "cleaning": list(data.dataset.notes),
+        },
+        "catalog_sha256": data.dataset.catalog.sha256,
+        "holdout_sha256": data.holdout.sha256,
+        "partition_sha256": data.partition.sha256,
+        "model_sha256": assembly.backbone.fingerprint(),
+        "clients": dict(zip(data.partition.names, data.partition.labels, strict=True)),
+    }
+    path = folder / "provenance.json"
+    before: dict[str, Any] = {}
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        before = json.loads(path.read_text(encoding="utf-8"))
+    for name, digest in content.items():
+        if name.endswith("_sha256") and before.get(name, digest) != digest:
+            what = name.removesuffix("_sha256")
+            raise RunError(
+                f"{folder} was begun with another {what}: its SHA-256 is no longer the one in provenance.json",
+                cure="Put the data and the model back as they were, or choose another --run-dir.",
+            )
+    if not (folder / "config.yaml").exists():
+        write_atomic(folder / "config.yaml", assembly.config.to_yaml().encode())
+    write_json(path, content)
