@@ -1,4 +1,4 @@
-"""Similarity and mixing of many clients' adapters, which lie on disk: seconds, peak memory, and against plain loops.
+"""Similarity and mixing of many clients' adapters, on disk: time, peak memory, against plain loops and Flower's FedAvg.
 
 The adapters are random numbers in the shapes of SmolLM2-135M's LoRA of rank 8 on the query and value projections. Each
 number of clients is measured in a process of its own; the plain loops, the formula written out client by client in
@@ -33,6 +33,8 @@ from pplr.runtimes.memory import peak_rss_bytes
 
 RANK, LAYERS, WIDTH, VALUES = 8, 30, 576, 192
 LOOPED = 10
+IN_MEMORY = 100
+"""Most clients whose adapters Flower's own strategy is given at once."""
 SECONDS, BYTES = 30.0, 2e9
 
 
@@ -129,14 +131,42 @@ def against_loops(folder: Path) -> tuple[float, float]:
     return looped / measured["total"], worst
 
 
-def in_a_process(clients: int, method: str) -> dict[str, float]:
-    """Draw the adapters, then measure in a process that does nothing else."""
+def against_flower(clients: int, folder: Path) -> dict[str, float]:
+    """Average the same adapters by Flower's FedAvg, which holds them in memory and makes one average.
+
+    Returns:
+        Its seconds, and how far its average is from that of ``fedavg`` here at most.
+    """
+    from pplr.runtimes.flower_settings import load_flower
+
+    load_flower()
+    from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+    from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
+
+    use_all_cores()
+    stack = StoredAdapters(folder / "before")
+    records = []
+    for client in range(clients):
+        arrays = ArrayRecord({name: Array(tensor.numpy()) for name, tensor in stack.get(client).items()})
+        records.append(RecordDict({"arrays": arrays, "metrics": MetricRecord({"samples": 1})}))
+    started = time.perf_counter()
+    average = aggregate_arrayrecords(records, "samples")
+    seconds = time.perf_counter() - started
+    measure(clients, "fedavg", folder)
+    ours = StoredAdapters(folder / "after").get(0)
+    worst = max(float(np.abs(average[name].numpy() - tensor.numpy()).max()) for name, tensor in ours.items())
+    return {"seconds": seconds, "largest_difference": worst}
+
+
+def in_a_process(clients: int, method: str, *, flower: bool = False) -> dict[str, float]:
+    """Draw the adapters, then measure pplr or Flower in a process that does nothing else."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         stack = StoredAdapters.create(folder / "before", shapes(), clients)
         for client in range(clients):
             stack.put(client, draw(client))
         command = [sys.executable, "-m", "benchmarks.aggregation", "--measure", str(clients), name, "--method", method]
+        command += ["--flower"] if flower else []
         told = subprocess.run(command, check=True, capture_output=True, text=True)
         measured: dict[str, float] = json.loads(told.stdout)
         return measured
@@ -148,12 +178,15 @@ def main() -> None:
     parser.add_argument("--clients", nargs="+", type=int, default=[10, 100, 1000])
     parser.add_argument("--method", default="pplr")
     parser.add_argument("--measure", nargs=2, metavar=("CLIENTS", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--flower", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(int(arguments.measure[0]), arguments.method, Path(arguments.measure[1]))))
+        clients, folder = int(arguments.measure[0]), Path(arguments.measure[1])
+        told = against_flower(clients, folder) if arguments.flower else measure(clients, arguments.method, folder)
+        print(json.dumps(told))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        ratio, worst = against_loops(Path(folder))
+    with tempfile.TemporaryDirectory() as name:
+        ratio, worst = against_loops(Path(name))
     rows = [at_least(f"mixing of {LOOPED} clients", "the formula in plain loops", ratio, 1.0)]
     notes = [f"largest difference of a mixed number from the plain loops': {worst:.1e}"]
     size = 4 * sum(int(np.prod(shape)) for shape in shapes().values())
@@ -170,7 +203,16 @@ def main() -> None:
             rows.append(at_most(f"seconds of {clients} clients", f"{SECONDS:.0f} s", measured["total"] / SECONDS, 1.0))
             peak = measured["peak_rss_bytes"] / BYTES
             rows.append(at_most(f"peak memory of {clients} clients", f"{BYTES / 1e9:.0f} GB", peak, 1.0))
-    write_result("aggregation", {"rows": rows, "notes": notes, "curve": curve})
+    flower: dict[str, Any] = {}
+    for clients in [clients for clients in arguments.clients if clients <= IN_MEMORY]:
+        own, theirs = in_a_process(clients, "fedavg"), in_a_process(clients, "fedavg", flower=True)
+        flower[str(clients)] = theirs | {"fedavg_here_seconds": own["total"]}
+        notes.append(
+            f"FedAvg of {clients} clients: Flower's {theirs['seconds']:.2f} s for one average in memory, fedavg here "
+            f"{own['total']:.2f} s, in which {clients} adapters are read from disk and {clients} are written; numbers "
+            f"differ by {theirs['largest_difference']:.1e} at most"
+        )
+    write_result("aggregation", {"flower": flower, "rows": rows, "notes": notes, "curve": curve})
 
 
 if __name__ == "__main__":
