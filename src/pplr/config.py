@@ -98,6 +98,10 @@ class DataConfig(_Section):
     items_path: Path | None = None
     """With `table`: a second file with a row for each item (`item`, `title` and attributes by `columns`)."""
 
+    catalog: Literal["taken", "all"] = "taken"
+    """Which items can be recommended: those that somebody took, or `all` of the items' file. Clients that each hold
+    their own users' data need `all`, with the same items' file, to have one catalog."""
+
     min_rating: float | None = None
     """Drop interactions rated below this; needs a rating column."""
 

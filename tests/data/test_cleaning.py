@@ -9,6 +9,7 @@ from pplr.config import DataConfig
 from pplr.data.cleaning import RawTables, clean
 from pplr.data.interactions import Dataset
 from pplr.errors import DataError
+from pplr.testing import refuses
 
 
 def _events(rows: list[tuple[object, ...]], columns: str = "user item rating timestamp") -> pl.DataFrame:
@@ -117,6 +118,34 @@ def test_titles_are_repaired_and_empty_ones_shown_by_id() -> None:
         "3 titles repaired (encoding, HTML entities, whitespace)",
         "2 items without a title shown by id",
     )
+
+
+def test_a_catalog_may_hold_items_that_nobody_took() -> None:
+    dataset = _with_titles(catalog="all")
+    assert dataset.catalog.item_ids == ("1", "2", "3", "4", "7")
+    assert dataset.catalog.titles[-1] == "never taken"
+    assert dataset.catalog.attributes["genre"][-1] == "E"
+    assert "1 item of the items' file kept, never taken" in dataset.notes
+    assert _told(dataset) == _told(_with_titles())
+
+
+def test_owners_of_parts_of_the_users_have_the_catalog_of_the_whole() -> None:
+    events = _events([("a", "1"), ("a", "2"), ("b", "4"), ("b", "1"), ("c", "3")], "user item")
+    items = pl.DataFrame({"item": ["2", "1", "4", "3"], "title": ["Two", "One", "Four", "Three"]})
+    parts = [events.filter(pl.col("user") == user) for user in ("a", "b", "c")]
+    whole, *own = [clean("d", RawTables(part, items), DataConfig(catalog="all")) for part in (events, *parts)]
+    assert {part.catalog.sha256 for part in own} == {whole.catalog.sha256}
+    assert [_told(part) for part in own] == [[told] for told in _told(whole)]
+    taken = [clean("d", RawTables(part, items), DataConfig()).catalog.sha256 for part in parts]
+    assert whole.catalog.sha256 not in taken
+
+
+def test_a_whole_catalog_needs_a_file_of_items_and_no_core_of_items() -> None:
+    events = _events([("a", "1"), ("a", "2")], "user item")
+    with refuses(DataError, "data.catalog is 'all', and d has no file of items"):
+        clean("d", RawTables(events), DataConfig(catalog="all"))
+    with refuses(DataError, "is cleaned with data.item_core 2"):
+        _with_titles(catalog="all", item_core=2)
 
 
 def test_items_without_a_title_can_be_dropped_before_cores_count() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pplr.config import Config
-from pplr.errors import FederationError, WireError
+from pplr.errors import FederationError, PartitionError, WireError
 from pplr.federation.checkpoints import CheckpointStore
 from pplr.federation.methods import make_method
 from pplr.federation.server import FederationServer
@@ -71,6 +71,27 @@ class Parties:
         self.tests = self.desk.take_tests(self.send(self.desk.test_orders()))
 
 
+class OwnParties(Parties):
+    """The same, but every client has a folder with its own users' data and nobody else's."""
+
+    def client(self, name: str) -> Participant:
+        whole, folder = self.config.data.path, self.folder / "data" / name
+        assert whole is not None
+        if not folder.exists():
+            dataset = self.assembly.data.dataset
+            users = self.assembly.data.partition.users[self.assembly.data.partition.names.index(name)]
+            kept = {dataset.user_ids[user] for user in users}
+            folder.mkdir(parents=True)
+            shutil.copy(whole / "tiny.item", folder)
+            for part in ("tiny.user", "tiny.inter"):
+                header, *lines = (whole / part).read_text().splitlines(keepends=True)
+                (folder / part).write_text(header + "".join(line for line in lines if line.split("\t")[0] in kept))
+        config = self.config.model_copy(update={"data": self.config.data.model_copy(update={"path": folder})})
+        own = Assembly(config, Silent(), self.backbone, own=name)
+        assert own.data.partition.names == (name,)
+        return Participant(own, name, self.folder / "state" / name, self.folder / "clients" / name, self.notes.append)
+
+
 @pytest.fixture
 def parties(tmp_path: Path, small_config, backbone) -> Callable[..., Parties]:
     return lambda *settings: Parties(small_config(*settings), tmp_path / f"{len(list(tmp_path.iterdir()))}", backbone)
@@ -109,6 +130,26 @@ def test_ordered_clients_give_the_in_process_run(parties, finished, settings) ->
     found = parties(*settings)
     found.carry_out()
     same_run(found, finished(*settings))
+
+
+def test_clients_that_hold_their_own_data_alone_give_the_in_process_run(
+    small_config, tmp_path, finished, backbone
+) -> None:
+    """Nothing that a client needs is in another's data: its holdout, its samples and its draws are its own."""
+    settings = (
+        "data.catalog=all",
+        "training.samples=null",
+        "evaluation.test_users=null",
+        "evaluation.validation_users=3",
+    )
+    found = OwnParties(small_config(*settings), tmp_path, backbone)
+    found.carry_out()
+    same_run(found, finished(*settings))
+
+
+def test_a_client_with_too_few_users_of_its_own_is_refused(small_config) -> None:
+    with refuses(PartitionError, "client north has 24 users with a training sample, and needs 99"):
+        Assembly(small_config("data.partition.min_users=99"), Silent(), own="north")
 
 
 def test_pooled_data_are_no_federation(parties) -> None:

@@ -8,9 +8,9 @@ The steps, in this order; each that did something leaves one line in ``Dataset.n
 3. Text is repaired (:func:`pplr.data.text.repair_text`). An item without a title is shown by its id or dropped with
    its events, as ``empty_titles`` says.
 4. ``user_core`` and ``item_core`` drop users and items with fewer events, again and again until both hold.
-5. The catalog holds the items that still have an event, and no others, ordered by id: whole numbers by value, then
-   other ids as text. The order says nothing about popularity. Users are numbered in the order of their first event
-   in the input that is left.
+5. The catalog holds the items that still have an event, or with ``catalog: all`` every described item, ordered by
+   id: whole numbers by value, then other ids as text. The order says nothing about popularity. Users are numbered in
+   the order of their first event in the input that is left.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def clean(name: str, raw: RawTables, config: DataConfig) -> Dataset:
     Args:
         name: The source's name.
         raw: Its tables.
-        config: ``min_rating``, ``empty_titles``, ``user_core`` and ``item_core``.
+        config: ``min_rating``, ``catalog``, ``empty_titles``, ``user_core`` and ``item_core``.
 
     Raises:
         DataError: A step leaves nothing, or asks for a rating that the data does not have.
@@ -64,10 +64,10 @@ def clean(name: str, raw: RawTables, config: DataConfig) -> Dataset:
         raise DataError(f"{name} holds no interactions", cure="Check that data.path names the right files.")
     events = _complete(events, name, notes)
     events = _rated(events, name, config, notes)
-    items = _items(raw.items, events, notes)
+    items = _items(raw.items, events, name, config, notes)
     events, items = _titled(events, items, name, config, notes)
     events = _cores(events, name, config, notes)
-    return _number(name, events, items, raw, notes)
+    return _number(name, events, items, raw, config, notes)
 
 
 def _complete(events: pl.DataFrame, name: str, notes: list[str]) -> pl.DataFrame:
@@ -103,9 +103,17 @@ def _rated(events: pl.DataFrame, name: str, config: DataConfig, notes: list[str]
     return kept
 
 
-def _items(raw: pl.DataFrame | None, events: pl.DataFrame, notes: list[str]) -> pl.DataFrame:
-    """Make a row for each item with an event: its id, title ("" when there is none) and attributes, repaired."""
+def _items(
+    raw: pl.DataFrame | None, events: pl.DataFrame, name: str, config: DataConfig, notes: list[str]
+) -> pl.DataFrame:
+    """Make a row for each item of the catalog: its id, title ("" when there is none) and attributes, repaired."""
     taken = events.select(pl.col("item").unique(maintain_order=True))
+    everything = config.catalog == "all"
+    if everything and (raw is None or config.item_core > 1):
+        what = "has no file of items" if raw is None else f"is cleaned with data.item_core {config.item_core}"
+        raise DataError(
+            f"data.catalog is 'all', and {name} {what}", cure="Set data.catalog to taken, or data.item_core to 1."
+        )
     if raw is None:
         return taken.with_columns(title=pl.lit(""))
     raw = raw.with_columns(pl.col("item").str.strip_chars()).filter(pl.col("item").fill_null("") != "")
@@ -114,8 +122,10 @@ def _items(raw: pl.DataFrame | None, events: pl.DataFrame, notes: list[str]) -> 
     first = raw.unique("item", keep="first", maintain_order=True)
     _note(notes, len(raw) - len(first), "further row", "of items that were described before left out")
     unused = len(first) - len(first.join(taken, on="item", how="semi"))
-    _note(notes, unused, "item", "of the items' file left out, never taken")
+    _note(notes, unused, "item", f"of the items' file {'kept' if everything else 'left out'}, never taken")
     items = taken.join(first, on="item", how="left", maintain_order="left")
+    if everything:
+        items = pl.concat([items, first.join(taken, on="item", how="anti", maintain_order="left")], how="diagonal")
     texts = [column for column in items.columns if column != "item"]
     repaired = [pl.Series(column, _repair(items[column]), dtype=pl.String) for column in texts]
     changed = int((repaired[texts.index("title")] != items["title"].fill_null("")).sum())
@@ -171,9 +181,12 @@ def _cores(events: pl.DataFrame, name: str, config: DataConfig, notes: list[str]
     return kept
 
 
-def _number(name: str, events: pl.DataFrame, items: pl.DataFrame, raw: RawTables, notes: list[str]) -> Dataset:
+def _number(
+    name: str, events: pl.DataFrame, items: pl.DataFrame, raw: RawTables, config: DataConfig, notes: list[str]
+) -> Dataset:
     """Number users and items, and sort by user, then time or position, then input order."""
-    items = items.join(events, on="item", how="semi", maintain_order="left")
+    if config.catalog == "taken":
+        items = items.join(events, on="item", how="semi", maintain_order="left")
     item_ids = items["item"].to_list()
     order = sorted(range(len(item_ids)), key=lambda row: _id_order(item_ids[row]))
     items = items[order].with_row_index("item_number")

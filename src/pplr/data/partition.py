@@ -19,7 +19,7 @@ from pplr.errors import PartitionError, nearest
 from pplr.seeds import derive_seed, generator
 from pplr.storage import sha256_bytes
 
-__all__ = ["Partition", "make_partition"]
+__all__ = ["Partition", "make_partition", "own_partition"]
 
 _NONE: Final = "(none)"
 _DRAWS: Final = 100
@@ -32,7 +32,7 @@ class Partition:
     """Which client holds which users.
 
     Args:
-        names: The clients' names, "0" to "C-1".
+        names: The clients' names, "0" to "C-1"; of data that are one client's own, its name.
         users: C arrays of user numbers, ascending; together every user once.
         labels: A phrase for each client that says who its users are.
         sha256: Hash of the clients' names and user ids, so that numbering does not matter.
@@ -93,6 +93,29 @@ def make_partition(dataset: Dataset, holdout: Holdout, config: PartitionConfig, 
     names = tuple(str(client) for client in range(clients))
     ids = [[name, sorted(dataset.user_ids[user] for user in own)] for name, own in zip(names, users, strict=True)]
     return Partition(names, users, tuple(labels), sha256_bytes(json.dumps(ids, ensure_ascii=False).encode()))
+
+
+def own_partition(dataset: Dataset, holdout: Holdout, name: str, min_users: int) -> Partition:
+    """Give all users to one client: its data hold nobody else's.
+
+    Args:
+        dataset: The client's own.
+        holdout: Whose train is read; nothing else of it.
+        name: The client's name.
+        min_users: Fewest users with a training sample.
+
+    Raises:
+        PartitionError: It has fewer.
+    """
+    trains = sum(len(items) >= 2 for items in holdout.train)
+    if trains < min_users:
+        raise PartitionError(
+            f"client {name} has {trains} users with a training sample, and needs {min_users}",
+            cure="Lower data.partition.min_users, or give the folder of all its users.",
+        )
+    ids = [[name, sorted(dataset.user_ids)]]
+    sha256 = sha256_bytes(json.dumps(ids, ensure_ascii=False).encode())
+    return Partition((name,), (np.arange(len(holdout.train), dtype=np.int32),), ("all users of its data",), sha256)
 
 
 def _kmeans(dataset: Dataset, holdout: Holdout, factors: int, clients: int, seed: int) -> Assigned:

@@ -15,7 +15,7 @@ from pplr.backbones.base import Backbone, MatchingBackbone, backbone_kind, load_
 from pplr.config import Config
 from pplr.data.holdout import Holdout, make_holdout
 from pplr.data.interactions import Dataset
-from pplr.data.partition import Partition, make_partition
+from pplr.data.partition import Partition, make_partition, own_partition
 from pplr.data.prompts import (
     Case,
     Sample,
@@ -81,8 +81,13 @@ class RunData:
         raise PartitionError(f"user {user} belongs to no client", cure="Use a partition that covers all users.")
 
 
-def load_run_data(config: Config, notify: Callable[[str], None] = lambda _: None) -> RunData:
+def load_run_data(config: Config, notify: Callable[[str], None] = lambda _: None, own: str | None = None) -> RunData:
     """Load, clean, hold out, share out and draw: everything about the data that a configuration says.
+
+    Args:
+        config: The run's configuration.
+        notify: Told what is fetched.
+        own: Name of the one client that all of the data belong to; shared out among clients when absent.
 
     Raises:
         DataError: The data cannot be used as it is.
@@ -91,7 +96,10 @@ def load_run_data(config: Config, notify: Callable[[str], None] = lambda _: None
     dataset = load_dataset(config.data, notify=notify)
     holdout = make_holdout(dataset, config.data.holdout, config.run.seed)
     seed, items = config.run.seed, config.data.history_items
-    partition = make_partition(dataset, holdout, config.data.partition, config.federation.clients, seed)
+    if own is None:
+        partition = make_partition(dataset, holdout, config.data.partition, config.federation.clients, seed)
+    else:
+        partition = own_partition(dataset, holdout, own, config.data.partition.min_users)
     trains_on = backbone_kind(config.backbone.name).trains_on
     make: Callable[[list[int]], list[Sample]] = {
         "target": lambda users: training_samples(holdout, users, items),
@@ -100,8 +108,8 @@ def load_run_data(config: Config, notify: Callable[[str], None] = lambda _: None
     }[trains_on]
     every = [make(users.tolist()) for users in partition.users]
     samples = draw_samples(every, config.training.samples, seed)
-    for name, own in zip(partition.names, samples, strict=True):
-        if not own:
+    for name, drawn in zip(partition.names, samples, strict=True):
+        if not drawn:
             raise PartitionError(
                 f"client {name} ({partition.labels[int(partition.names.index(name))]}) has no training samples",
                 cure="Lower federation.clients, or raise training.samples or data.partition.min_users.",
@@ -135,6 +143,7 @@ class Assembly:
         progress: Told of every step.
         backbone: A loaded backbone, to share one between runs; loaded by the configuration when absent.
         stage_server: Hosts the middle blocks; this process hosts them when absent.
+        own: Name of the one client that all of the data belong to; shared out among clients when absent.
     """
 
     def __init__(
@@ -143,6 +152,7 @@ class Assembly:
         progress: Progress,
         backbone: Backbone | None = None,
         stage_server: StageServerAt | None = None,
+        own: str | None = None,
     ) -> None:
         self.config = config
         self.progress = progress
@@ -151,9 +161,10 @@ class Assembly:
         if config.runtime.threads is not None:
             torch.set_num_threads(config.runtime.threads)
         with progress.task("loading the data", 1, "sources") as advance:
-            self.data = load_run_data(config, progress.note)
+            self.data = load_run_data(config, progress.note, own)
             advance(1)
-        self._check_cuts()
+        if own is None:  # the others' cuts are theirs
+            self._check_cuts()
         with progress.task("loading the model", 1, "models") as advance:
             self.backbone = backbone or load_backbone(config.backbone, progress.note)
             advance(1)
