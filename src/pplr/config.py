@@ -402,9 +402,10 @@ class EvaluationConfig(_Section):
 class RuntimeConfig(_Section):
     """Where it runs."""
 
-    name: Literal["in_process", "flower_simulation"] = "in_process"
+    name: Literal["in_process", "flower_simulation", "flower"] = "in_process"
     """`in_process`: all clients and the server in this process, the reference. `flower_simulation`: clients are
-    actors of Flower's Ray engine on this machine or a Ray cluster (`pip install 'pplr[flower]'`)."""
+    actors of Flower's Ray engine on this machine or a Ray cluster (`pip install 'pplr[flower]'`). `flower`: clients
+    are on their own machines (`pplr server`, `pplr client`), and `pplr train` needs --federation and --state."""
 
     deadline_s: float = Field(default=3600.0, gt=0)
     """Seconds that Flower waits for the reports of a round; a client that has not answered is left out of it."""

@@ -17,7 +17,7 @@ from pplr.errors import ConfigError, FederationError, WireError
 from pplr.federation.methods import make_method
 from pplr.federation.server import FederationServer
 from pplr.runtimes import flower, flower_settings
-from pplr.runtimes.orders import OrderDesk
+from pplr.runtimes.orders import OrderDesk, greeting
 from pplr.runtimes.parcels import Parcel
 from pplr.runtimes.participant import HELLO, VALIDATE
 from pplr.testing import refuses
@@ -69,7 +69,7 @@ class FakeGrid:
 def strategy(tmp_path, small_config, monkeypatch):
     """Make a strategy of two clients whose adapters are of no tensors, as nothing is mixed here."""
 
-    def make(deadline_s: float = 0.5, gone: threading.Event | None = None) -> flower.OrderStrategy:
+    def make(deadline_s: float = 0.5, gone: threading.Event | None = None, identify=None) -> flower.OrderStrategy:
         from pplr.federation.checkpoints import CheckpointStore
 
         heard = Heard()
@@ -81,7 +81,13 @@ def strategy(tmp_path, small_config, monkeypatch):
         monkeypatch.setattr(TaskIdentity, "_node_id", 1)
         monkeypatch.setattr(TaskIdentity, "_task_id", 1)
         SHARED["initial_sha256"] = desk._shared["initial_sha256"]
-        made = flower.OrderStrategy(desk, deadline_s, heard, gone)
+
+        def open_desk(reports):
+            for name, report in reports.items():
+                desk.greet(name, report)
+            return desk
+
+        made = flower.OrderStrategy(["a", "b"], greeting(config), open_desk, deadline_s, heard, gone, identify)
         made.heard = heard  # type: ignore[attr-defined]
         return made
 
@@ -142,6 +148,34 @@ def test_replies_are_taken_by_the_name_under_which_a_node_joined(strategy) -> No
     assert reports == {"a": report}
     assert "client b failed: out of memory" in found.heard.notes
     assert "node 9 answers, and never joined: passed over" in found.heard.notes
+
+
+def test_a_node_is_whose_key_it_holds(strategy) -> None:
+    grid = FakeGrid({7: says("b"), 8: says("a"), 9: says("a")})  # 9 is not enrolled
+    found = strategy(identify=lambda _: {7: "b", 8: "a"})
+    found._join(grid)
+    assert found._nodes == {"b": 7, "a": 8}
+    liar = FakeGrid({7: says("a"), 8: says("b")})
+    with refuses(FederationError, "the holder of client b's key says that it is client a"):
+        strategy(identify=lambda _: {7: "b", 8: "a"})._join(liar)
+    with refuses(FederationError, "1 of 2 clients joined; b did not"):
+        strategy(identify=lambda _: {8: "a"})._join(grid)
+
+
+def test_a_client_that_is_revoked_while_a_round_goes_on_is_not_heard(strategy) -> None:
+    enrolled = {7: "b", 8: "a"}
+    found = strategy(identify=lambda _: dict(enrolled))
+    found._join(FakeGrid({7: says("b"), 8: says("a")}))
+    report = Parcel(VALIDATE).pack()
+
+    def answers(node: int, message: Message) -> Message:
+        enrolled.pop(7, None)
+        return Message(content=flower._wrap(report), reply_to=message)
+
+    orders = found._messages({"a": b"", "b": b""}, "train", 1)
+    reports = found._reports(found._exchange(FakeGrid({7: answers, 8: answers}), "training", orders))
+    assert reports == {"a": report}
+    assert "client b is enrolled no more: passed over" in found.heard.notes
 
 
 def test_an_engine_that_has_ended_is_not_waited_for(strategy) -> None:

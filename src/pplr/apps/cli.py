@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from pplr import __version__
-from pplr.apps import cutting, data, enrolling, staging
+from pplr.apps import cutting, data, enrolling, serving, staging
 from pplr.apps.options import ConfigPath, KitPath, RunDir, Settings, StageServer, stage_server_at
 from pplr.errors import PplrError
 
@@ -68,6 +68,8 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.add_typer(enrolling.app, name="enroll")
 app.add_typer(staging.app, name="stage")
+app.command()(serving.server)
+app.command()(serving.client)
 app.command()(cutting.cut)
 app.command()(cutting.plan)
 
@@ -111,6 +113,12 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     stage_server: StageServer = None,
     kit: KitPath = None,
+    federation: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Train with the clients enrolled here, each on its own machine.")
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With --federation: the folder of `pplr server --state`.")
+    ] = None,
 ) -> None:
     """Train a federation, test it, and keep both in a run folder."""
     from pplr.apps.results import result_table
@@ -122,22 +130,35 @@ def train(
     screen = Screen()
     progress = TerminalProgress(screen, rounds=chosen.federation.rounds)
     overrides = [part for setting in settings or () for part in ("--set", setting)]
-    there = [*(["--stage-server", stage_server] if stage_server else []), *(["--kit", str(kit)] if kit else [])]
+    given = {"--stage-server": stage_server, "--kit": kit, "--federation": federation, "--state": state}
+    there = [part for option, value in given.items() if value for part in (option, str(value))]
     again = shlex.join(["pplr", "train", str(config), *overrides, "--run-dir", str(folder), *there, "--resume"])
+    if (federation is None) != (state is None):
+        raise typer.BadParameter("give both --federation and --state, or neither")
+    if federation is not None and (stage_server or kit):
+        raise typer.BadParameter("clients of a federation bring their own", param_hint="--stage-server and --kit")
     server = stage_server_at(stage_server, kit)
     try:
         with screen.busy("loading libraries"):
             from pplr.runtimes.launch import train as train_run
-        run = train_run(chosen, folder, resume=resume, progress=progress, stage_server=server)
-        run.close()
+        if federation is None or state is None:
+            run = train_run(chosen, folder, resume=resume, progress=progress, stage_server=server)
+            run.close()
+            metrics = run.metrics
+        else:
+            from pplr.runtimes.flower_federation import train as train_federation
+
+            metrics = train_federation(
+                chosen, folder, federation=federation, state=state, resume=resume, progress=progress
+            )
     except KeyboardInterrupt as error:
         _complain(f"stopped. Go on with: {again}")
         raise typer.Exit(_INTERRUPTED) from error
-    if (metrics := run.metrics) is not None:
+    if metrics is not None:
         screen.line()
         screen.lines(result_table(metrics, screen.width))
         screen.line()
-    screen.line(f"run folder: {run.folder}")
+    screen.line(f"run folder: {folder}")
 
 
 @app.command()

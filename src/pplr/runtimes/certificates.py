@@ -33,6 +33,8 @@ __all__ = [
     "issue",
     "load_certificate",
     "new_authority",
+    "openssh_key",
+    "public_key_pem",
     "read_file",
     "read_pair",
     "read_private",
@@ -136,6 +138,19 @@ def load_certificate(pem: bytes, what: str) -> x509.Certificate:
             f"{what} is not exactly one PEM certificate", cure="Hand over the certificate of a startup kit."
         ) from error
     return certificate
+
+
+def public_key_pem(certificate: x509.Certificate) -> bytes:
+    """Write a certificate's public key as PEM."""
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    return certificate.public_key().public_bytes(serialization.Encoding.PEM, form)
+
+
+def openssh_key(key_pem: bytes) -> bytes:
+    """Write a private key in OpenSSH's form, which Flower reads."""
+    key = serialization.load_pem_private_key(key_pem, password=None)
+    encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH
+    return key.private_bytes(encoding, form, serialization.NoEncryption())
 
 
 def check_signed(certificate: x509.Certificate, authority: x509.Certificate) -> None:

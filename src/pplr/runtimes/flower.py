@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from pplr.runtimes.flower_settings import QUIET
 
@@ -74,17 +74,35 @@ class OrderStrategy(Strategy):
     """Flower's four verbs, each one call to the desk; every client is sent its own adapter.
 
     Args:
-        desk: Writes the orders and reads the reports.
+        names: All clients.
+        greeting: The order that asks a client who it is.
+        open_desk: Makes the desk, which writes the orders and reads the reports, of what the clients answer to the
+            greeting; it raises where they do not belong together.
         deadline_s: Seconds that the reports of one exchange are waited for.
         progress: Told of every reply and every round.
         gone: Set when the engine that carries the messages has ended, so that nothing waits for it.
+        identify: Says which of the grid's nodes is which enrolled client now, by the keys that nodes hold; a client
+            that it names no more is not heard. Where absent, a node is who it says it is.
     """
 
     def __init__(
-        self, desk: OrderDesk, deadline_s: float, progress: Progress, gone: threading.Event | None = None
+        self,
+        names: Sequence[str],
+        greeting: bytes,
+        open_desk: Callable[[Mapping[str, bytes]], OrderDesk],
+        deadline_s: float,
+        progress: Progress,
+        gone: threading.Event | None = None,
+        identify: Callable[[Grid], Mapping[int, str]] | None = None,
     ) -> None:
-        self.desk = desk
+        self._names = tuple(names)
+        self._greeting = greeting
+        self._open_desk = open_desk
+        self._desk: OrderDesk | None = None
         self._gone = gone or threading.Event()
+        self._identify = identify
+        self._known: Mapping[int, str] | None = None
+        self._asked: dict[str, int] = {}
         self._deadline_s = deadline_s
         self._progress = progress
         self._nodes: dict[str, int] = {}
@@ -120,8 +138,18 @@ class OrderStrategy(Strategy):
 
     def summary(self) -> None:
         """Say what is run."""
-        server = self.desk.server
-        self._progress.note(f"{server.method.name} with {len(server.names)} clients through Flower")
+        self._progress.note(f"{self.desk.server.method.name} with {len(self._names)} clients through Flower")
+
+    @property
+    def desk(self) -> OrderDesk:
+        """Writes the orders and reads the reports.
+
+        Raises:
+            FederationError: The clients have not joined yet.
+        """
+        if self._desk is None:
+            raise FederationError("the clients have not joined yet", cure="Call start first.")
+        return self._desk
 
     # -- the rounds that are left -------------------------------------------------------------------------------
 
@@ -149,8 +177,8 @@ class OrderStrategy(Strategy):
         Raises:
             FederationError: A client does not join, or too few answer.
         """
-        self.summary()
         self._join(grid)
+        self.summary()
         arrays, config = ArrayRecord(), ConfigRecord()
         while not self.desk.server.is_finished:
             number = self.desk.server.next_round + 1
@@ -168,37 +196,61 @@ class OrderStrategy(Strategy):
         return self.desk.take_tests(self._reports(self._exchange(grid, "testing", messages)))
 
     def _join(self, grid: Grid) -> None:
-        """Wait for the nodes, ask each who it is, and check that it starts from the same as the server."""
-        names = self.desk.server.names
-        until = time.monotonic() + min(self._deadline_s, _JOIN_S)
-        nodes: list[int] = []
-        while len(nodes) < len(names):
-            nodes = sorted(grid.get_node_ids())
-            if time.monotonic() > until:
-                raise FederationError(
-                    f"{len(nodes)} of {len(names)} clients joined", cure="Start the others, then go on with --resume."
-                )
-            self._wait()
-        greeting = _wrap(self.desk.greeting())
+        """Wait for the nodes, ask each who it is, and open the desk."""
+        nodes = self._wait_for_nodes(grid)
+        greeting = _wrap(self._greeting)
         asked = [
             Message(content=greeting, message_type=MessageType.QUERY, dst_node_id=node, group_id="join")
             for node in nodes
         ]
+        reports: dict[str, bytes] = {}
         for reply in self._exchange(grid, "greeting the clients", asked):
-            whose = f"node {reply.metadata.src_node_id}"
+            node = reply.metadata.src_node_id
+            known = None if self._known is None else self._known.get(node)
+            whose = f"node {node}" if known is None else f"client {known}"
             if reply.has_error():
                 raise FederationError(f"{whose} failed: {_reason(reply)}", cure="Look at that client's log.")
             report = _unwrap(reply, whose)
             name = read_hello(report, whose=whose)
-            self.desk.greet(name, report)
+            if known is not None and name != known:
+                raise FederationError(
+                    f"the holder of client {known}'s key says that it is client {name}",
+                    cure="Start it with its own kit.",
+                )
+            if name not in self._names:
+                raise FederationError(
+                    f"a client says it is {name!r}; the run knows {', '.join(self._names)}",
+                    cure="Give it the kit of one of them.",
+                )
             if name in self._nodes:
                 raise FederationError(f"two nodes say that they are client {name}", cure="Stop one of them.")
-            self._nodes[name] = reply.metadata.src_node_id
-        if missing := [name for name in names if name not in self._nodes]:
+            self._nodes[name] = node
+            reports[name] = report
+        if missing := [name for name in self._names if name not in self._nodes]:
             raise FederationError(
                 f"client {missing[0]} did not join" + (f", nor {len(missing) - 1} others" if missing[1:] else ""),
                 cure="Start it, then go on with --resume.",
             )
+        self._desk = self._open_desk({name: reports[name] for name in self._names})
+
+    def _wait_for_nodes(self, grid: Grid) -> list[int]:
+        """Wait until as many nodes are there as there are clients; of those that are identified, the enrolled alone."""
+        until = time.monotonic() + min(self._deadline_s, _JOIN_S)
+        while True:
+            nodes = sorted(grid.get_node_ids())
+            if self._identify is not None:
+                self._known = self._identify(grid)
+                nodes = [node for node in nodes if self._known.get(node) in self._names]
+            if len(nodes) >= len(self._names):
+                return nodes
+            if time.monotonic() > until:
+                there = [self._known[node] for node in nodes] if self._known is not None else []
+                missing = ", ".join(name for name in self._names if name not in there) if there else ""
+                raise FederationError(
+                    f"{len(nodes)} of {len(self._names)} clients joined" + (f"; {missing} did not" if missing else ""),
+                    cure="Start the others, then go on with --resume.",
+                )
+            self._wait()
 
     # -- messages -----------------------------------------------------------------------------------------------
 
@@ -213,7 +265,9 @@ class OrderStrategy(Strategy):
         sent = list(messages)
         replies: list[Message] = []
         with self._progress.task(label, len(sent), "clients") as advance:
-            left = set(grid.push_messages(sent))
+            pushed = list(grid.push_messages(sent))
+            self._asked = {one: message.metadata.dst_node_id for one, message in zip(pushed, sent, strict=False)}
+            left = set(pushed)
             until = time.monotonic() + self._deadline_s
             while left and time.monotonic() < until:
                 for reply in grid.pull_messages(left):
@@ -222,6 +276,8 @@ class OrderStrategy(Strategy):
                     advance(1)
                 if left:
                     self._wait()
+        if self._identify is not None:
+            self._known = self._identify(grid)
         return replies
 
     def _wait(self) -> None:
@@ -234,7 +290,11 @@ class OrderStrategy(Strategy):
         found = {}
         for reply in replies:
             name = names.get(reply.metadata.src_node_id)
-            if name is None:
+            if name is None and reply.has_error():  # of Flower itself, for a node that does not answer
+                name = names.get(self._asked.get(reply.metadata.reply_to_message_id, 0))
+            if name is not None and self._known is not None and self._known.get(reply.metadata.src_node_id) != name:
+                self._progress.note(f"client {name} is enrolled no more: passed over")
+            elif name is None:
                 self._progress.note(f"node {reply.metadata.src_node_id} answers, and never joined: passed over")
             elif reply.has_error():
                 self._progress.note(f"client {name} failed: {_reason(reply)}")

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from pplr.progress import Progress, Silent
 from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.flower_settings import load_flower
 from pplr.runtimes.in_process import evaluate_run
-from pplr.runtimes.orders import OrderDesk
+from pplr.runtimes.orders import OrderDesk, greeting
 from pplr.runtimes.parcels import Parcel
 from pplr.runtimes.participant import Participant
 from pplr.runtimes.run import Run
@@ -86,10 +86,17 @@ def _carry_out(config: Config, folder: Path, desk: OrderDesk, progress: Progress
     gone = threading.Event()
     server_app = ServerApp()
 
+    def open_desk(reports: Mapping[str, bytes]) -> OrderDesk:
+        for name, report in reports.items():
+            desk.greet(name, report)
+        return desk
+
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
         try:
-            strategy = flower.OrderStrategy(desk, config.runtime.deadline_s, progress, gone)
+            strategy = flower.OrderStrategy(
+                desk.server.names, greeting(config), open_desk, config.runtime.deadline_s, progress, gone
+            )
             strategy.start(grid)
             told = strategy.test(grid)
             if missing := [name for name in desk.server.names if name not in told]:

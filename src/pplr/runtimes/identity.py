@@ -4,7 +4,7 @@ A federation's folder, which only its operator can enter:
 
     ca.key  ca.crt                       the authority; ca.key never leaves this folder
     server/server.key  server.crt        the stage server's own
-    enrolled.jsonl  revoked.txt          who was enrolled, and whose certificates count no more
+    enrolled.jsonl  revoked.txt          who was enrolled, with which keys, and whose certificates count no more
     federation.json                      its name, and the address of the stage server
 """
 
@@ -35,6 +35,7 @@ from pplr.runtimes.certificates import (
     issue,
     load_certificate,
     new_authority,
+    public_key_pem,
     read_file,
     read_pair,
     read_private,
@@ -75,9 +76,10 @@ class Identity:
 
 @dataclass(frozen=True)
 class Enrolled(Identity):
-    """A certificate that was handed out, and whether it still counts."""
+    """A certificate that was handed out, whether it still counts, and its public key where that was recorded."""
 
     state: Literal["valid", "revoked", "expired"]
+    public_key_pem: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ def enroll_client(
         _own_folder(out)
         line = {"name": name, "role": role, "serial": f"{own.certificate.serial_number:x}"}
         line["not_after"] = own.certificate.not_valid_after_utc.isoformat()
+        line["public_key"] = public_key_pem(own.certificate).decode()
         records_path = folder / "enrolled.jsonl"
         write_atomic(records_path, read_file(records_path) + (json.dumps(line) + "\n").encode())
     write_private(out / "client.key", own.key_pem)
@@ -212,7 +215,9 @@ def enrolled(folder: Path) -> list[Enrolled]:
             serial, not_after = int(record["serial"], 16), datetime.fromisoformat(record["not_after"])
             revoked = revocations.is_revoked(serial)
             state: Any = "revoked" if revoked else "expired" if not_after < now else "valid"
-            found.append(Enrolled(record["name"], record["role"], serial, not_after, state))
+            key = record.get("public_key")
+            key_pem = None if key is None else str(key).encode()
+            found.append(Enrolled(record["name"], record["role"], serial, not_after, state, key_pem))
     except (ValueError, TypeError, KeyError) as error:
         raise IdentityError(f"{path} is damaged ({error})", cure="Put it back from a backup.") from error
     return found

@@ -51,6 +51,10 @@ def train(
             f"runtime.name {config.runtime.name} hosts the middle blocks itself",
             cure="Leave out the stage server and its kit, or set runtime.name to in_process.",
         )
+    if config.runtime.name == "flower":
+        raise ConfigError(
+            "runtime.name is flower, and no federation is named", cure="Give --federation DIR and --state DIR."
+        )
     from pplr.runtimes import flower_simulation
 
     return flower_simulation.train(config, run_dir, resume=resume, progress=progress)

@@ -4,25 +4,57 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from pplr.backbones.adapters import AdapterState, adapter_sha256
+from pplr.backbones.adapters import AdapterState, adapter_sha256, natural_order
+from pplr.config import Config
 from pplr.errors import FederationError, PplrError, WireError
 from pplr.federation.decisions import Trained
 from pplr.federation.server import FederationServer
 from pplr.recommend.training import LocalResult
 from pplr.runtimes.parcels import Parcel
 from pplr.runtimes.participant import HELLO, TEST, TRAIN, VALIDATE
+from pplr.storage import sha256_bytes
 
-__all__ = ["OrderDesk", "read_hello"]
+__all__ = ["OrderDesk", "Start", "greeting", "read_hello", "read_start", "run_token"]
 
 _SAME = "Use the same configuration, model and catalog on both sides."
+_SHARED = ("initial_sha256", "model_sha256", "catalog_sha256")
 _RESULT = {"samples": int, "steps": int, "tokens": int, "targets": int, "loss": float, "seconds": float}
 
 
 def read_hello(report: bytes, *, whose: str) -> str:
     """Read the name that a client gives; the rest is checked by :meth:`OrderDesk.greet`."""
     return str(_unpack(report, HELLO, whose).told.get("client"))
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a client starts from.
+
+    Args:
+        hashes: Of its initial adapter, its base model and its catalog.
+        initial: What it exchanges, before any training.
+    """
+
+    hashes: tuple[str, str, str]
+    initial: AdapterState
+
+
+def read_start(report: bytes, *, whose: str) -> Start:
+    """Read what a client starts from, for a server that has neither model nor data to know it by.
+
+    Raises:
+        FederationError: The adapter is not the one of its hash, or not finite.
+        WireError: The report cannot be read.
+    """
+    parcel = _unpack(report, HELLO, whose)
+    initial = {name: parcel.tensors[name] for name in natural_order(parcel.tensors)}
+    hashes = [str(parcel.told.get(key)) for key in _SHARED]
+    if adapter_sha256(initial) != hashes[0] or not all(bool(own.isfinite().all()) for own in initial.values()):
+        raise FederationError(f"{whose} tells another start than it sends", cure=_SAME)
+    return Start((hashes[0], hashes[1], hashes[2]), initial)
 
 
 def _unpack(report: bytes, kind: str, whose: str) -> Parcel:
@@ -42,6 +74,16 @@ def _result_of(told: Any, whose: str) -> LocalResult:
     return LocalResult(**{name: kind(told[name]) for name, kind in _RESULT.items()})
 
 
+def run_token(config_yaml: str) -> str:
+    """Name a run by its configuration, so that a client that was started again knows which run an order is of."""
+    return sha256_bytes(config_yaml.encode())[:16]
+
+
+def greeting(config: Config) -> bytes:
+    """Order a client to say who it is and what it has, for a run of this configuration."""
+    return Parcel(HELLO, {"config": config.to_yaml()}).pack()
+
+
 class OrderDesk:
     """Orders of one run, in the order of its rounds: train, validate, and at the end test.
 
@@ -59,33 +101,21 @@ class OrderDesk:
         self, server: FederationServer, model_sha256: str, catalog_sha256: str, note: Callable[[str], None]
     ) -> None:
         self.server = server
-        self._shared = {
-            "initial_sha256": adapter_sha256(server.initial),
-            "model_sha256": model_sha256,
-            "catalog_sha256": catalog_sha256,
-        }
+        self._shared = dict(zip(_SHARED, (adapter_sha256(server.initial), model_sha256, catalog_sha256), strict=True))
         self._note = note
+        self._run = run_token(server.config.to_yaml())
         self._attempt = ""
         self._failed = 0
         self._traffic: dict[str, dict[str, int]] = {"bytes_up": {}, "bytes_down": {}}
 
     # -- who is there -------------------------------------------------------------------------------------------
 
-    def greeting(self) -> bytes:
-        """Order a client to say who it is and what it has."""
-        return Parcel(HELLO).pack()
-
     def greet(self, name: str, report: bytes) -> None:
         """Check that a client starts from the same as the server.
 
         Raises:
-            FederationError: It is no client of this run, or it has another base, catalog or start.
+            FederationError: It has another base, catalog or start.
         """
-        if name not in self.server.names:
-            raise FederationError(
-                f"a client says it is {name!r}; the run knows {', '.join(self.server.names)}",
-                cure="Give it the kit of one of them.",
-            )
         told = _unpack(report, HELLO, f"client {name}").told
         for key, digest in self._shared.items():
             if told.get(key) != digest:
@@ -168,7 +198,7 @@ class OrderDesk:
 
     def test_orders(self) -> dict[str, bytes]:
         """Order every client to write its best adapter and to measure it on its test cases."""
-        return {name: Parcel(TEST).pack() for name in self.server.names}
+        return {name: Parcel(TEST, {"run": self._run}).pack() for name in self.server.names}
 
     def take_tests(self, reports: Mapping[str, bytes]) -> dict[str, Mapping[str, Any]]:
         """Read what each client tells of its test; means alone."""
@@ -183,7 +213,7 @@ class OrderDesk:
     # -- parts --------------------------------------------------------------------------------------------------
 
     def _order(self, kind: str, adapter: AdapterState) -> bytes:
-        told = {"server_round": self.server.next_round, "attempt": self._attempt}
+        told = {"run": self._run, "server_round": self.server.next_round, "attempt": self._attempt}
         return Parcel(kind, told, adapter).pack()
 
     def _read(self, kind: str, reports: Mapping[str, bytes]) -> dict[str, Parcel]:

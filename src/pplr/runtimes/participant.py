@@ -74,15 +74,16 @@ class Participant:
     def _hello(self) -> Parcel:
         """Say who this is, what it holds, and what adapters start as here."""
         assembly = self._assembly
+        initial = assembly.exchanged(assembly.initial)
         told = {
             "client": self.name,
             "samples": len(self._client_at(None).encoded),
             "test_users": len(assembly.data.test[self.name]),
-            "initial_sha256": adapter_sha256(assembly.exchanged(assembly.initial)),
+            "initial_sha256": adapter_sha256(initial),
             "model_sha256": assembly.backbone.fingerprint(),
             "catalog_sha256": assembly.data.dataset.catalog.sha256,
         }
-        return Parcel(HELLO, told)
+        return Parcel(HELLO, told, initial)
 
     def _train(self, server_round: int, order: Parcel) -> Parcel:
         """Train from the ordered adapter; report the trained one."""

@@ -1,0 +1,257 @@
+"""A federation through Flower between machines: the server's link, and a run that an operator carries out over it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pplr.config import Config
+from pplr.errors import FederationError, IdentityError
+from pplr.federation.checkpoints import CheckpointStore
+from pplr.federation.methods import make_method
+from pplr.federation.server import FederationServer
+from pplr.progress import Progress, Silent
+from pplr.recommend.metrics import spread
+from pplr.runtimes.certificates import read_private, write_private
+from pplr.runtimes.flower_settings import load_flower
+from pplr.runtimes.identity import enrolled
+from pplr.runtimes.orders import OrderDesk, greeting, read_start
+from pplr.runtimes.run_folder import RoundWriter, claimed
+from pplr.storage import write_atomic, write_json
+
+if TYPE_CHECKING:
+    from flwr.serverapp import Grid
+
+__all__ = ["client_names", "keep_nodes", "link_of", "prepare_link", "train"]
+
+_SECRET, _LINK = "link.secret", "link.json"
+
+
+def client_names(federation: Path) -> list[str]:
+    """Name the clients whose certificates count, in order.
+
+    Raises:
+        IdentityError: There is none, or one was enrolled before keys were recorded.
+    """
+    valid = [own for own in enrolled(federation) if own.state == "valid" and own.role == "client"]
+    if not valid:
+        raise IdentityError(f"{federation} has no client whose certificate counts", cure="Run `pplr enroll client`.")
+    if old := [own.name for own in valid if own.public_key_pem is None]:
+        raise IdentityError(
+            f"client {old[0]} was enrolled before public keys were recorded", cure="Revoke it and enroll it again."
+        )
+    return sorted({own.name for own in valid})
+
+
+def _keys(federation: Path) -> dict[bytes, str]:
+    """Say which key is whose, of those that count now."""
+    valid = [own for own in enrolled(federation) if own.state == "valid" and own.role == "client"]
+    return {own.public_key_pem: own.name for own in valid if own.public_key_pem is not None}
+
+
+def prepare_link(state: Path, address: str) -> Path:
+    """Make the folder of a link's state, with the operator's secret; return the secret's file."""
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    secret = state / _SECRET
+    if not secret.exists():
+        write_private(secret, secrets.token_hex(32).encode())
+    write_json(state / _LINK, {"address": address})
+    return secret
+
+
+def link_of(federation: Path, state: Path) -> Any:
+    """Read where a link is, and the operator's secret.
+
+    Raises:
+        FederationError: The folder is none of a link.
+    """
+    load_flower()
+    from pplr.runtimes.flower_link import LinkAddress
+
+    try:
+        address = str(json.loads((state / _LINK).read_text(encoding="utf-8"))["address"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FederationError(
+            f"{state} is no state folder of a server ({type(error).__name__})", cure="Start `pplr server` first."
+        ) from error
+    return LinkAddress(address, (federation / "ca.crt").read_bytes(), read_private(state / _SECRET))
+
+
+def keep_nodes(federation: Path, state: Path, stopping: threading.Event, note: Callable[[str], None]) -> None:
+    """Let the link know who is enrolled, and who is not any more, until told to stop.
+
+    Args:
+        federation: The federation's folder.
+        state: The link's.
+        stopping: Ends this.
+        note: Told of every change.
+    """
+    from pplr.runtimes.flower_link import Operator
+
+    operator = Operator(link_of(federation, state))
+    told: str | None = None
+    while not stopping.is_set():
+        try:
+            wanted, there = _keys(federation), operator.nodes()
+            for key, name in wanted.items():
+                if key not in there:
+                    operator.register(key)
+                    note(f"client {name} may join")
+            for key, node in there.items():
+                if key not in wanted:
+                    operator.unregister(node)
+                    note("a client may join no more: its certificate was revoked, or has expired")
+            told = None
+        except Exception as error:  # the link is not up yet, or the records cannot be read: nobody new is let in
+            if told != str(error):
+                told = str(error)
+                note(f"the link's clients are not brought up to date yet ({type(error).__name__})")
+        stopping.wait(1.0)
+    operator.close()
+
+
+def train(
+    config: Config,
+    run_dir: str | Path,
+    *,
+    federation: Path,
+    state: Path,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train with the clients of a federation, each on its own machine with its own data.
+
+    Args:
+        config: The run; ``federation.clients`` follows from who is enrolled.
+        run_dir: The run folder; made when absent.
+        federation: The federation's folder.
+        state: The server's state folder.
+        resume: Go on from the newest whole checkpoint.
+        progress: Told of every step.
+
+    Returns:
+        The content of ``metrics.json``; test figures are means that the clients tell.
+
+    Raises:
+        ConfigError: Flower is not installed.
+        FederationError: Clients do not join, do not belong together, or too few answer.
+        RunError: The folder holds a run already, or one of another configuration, or is in use.
+    """
+    load_flower()
+    from pplr.runtimes import flower, flower_link
+
+    if config.runtime.threads is not None:
+        torch.set_num_threads(config.runtime.threads)
+    link, names = link_of(federation, state), client_names(federation)
+    folder, heard = Path(run_dir), progress or Silent()
+    config = config.model_copy(
+        update={
+            "federation": config.federation.model_copy(update={"clients": len(names)}),
+            "runtime": config.runtime.model_copy(update={"name": "flower"}),
+        }
+    )
+
+    def identify(grid: Grid) -> Mapping[int, str]:
+        keys = _keys(federation)
+        return {node.node_id: keys[node.public_key] for node in grid.get_nodes() if node.public_key in keys}
+
+    with claimed(folder, config, resume=resume):
+        if not (folder / "config.yaml").exists():
+            write_atomic(folder / "config.yaml", config.to_yaml().encode())
+        standing = _Standing()
+        writer = RoundWriter(standing, folder, heard)
+
+        def open_desk(reports: Mapping[str, bytes]) -> OrderDesk:
+            desk = _open_desk(config, reports, folder, resume, heard)
+            standing.records = desk.server.records
+            writer.write()
+            return desk
+
+        stopping = threading.Event()
+        deadline = config.runtime.deadline_s
+        strategy = flower.OrderStrategy(names, greeting(config), open_desk, deadline, writer, stopping, identify)
+        with flower_link.link_errors(link.address):
+            with contextlib.closing(flower_link.Operator(link)) as operator:
+                run_id = operator.start_run()
+            with flower_link.server_grid(link, run_id, stopping) as (grid, _):
+                strategy.start(grid)
+                told = strategy.test(grid)
+        for name in names:
+            if name not in told:
+                heard.note(f"client {name} did not test its adapter: its figures are missing")
+        metrics = _metrics(config, {name: told[name] for name in names if name in told})
+        write_json(folder / "metrics.json", metrics)
+        return metrics
+
+
+class _Standing:
+    """Where the records are, once there is a server that keeps them."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+
+def _open_desk(
+    config: Config, reports: Mapping[str, bytes], folder: Path, resume: bool, progress: Progress
+) -> OrderDesk:
+    """Take what most clients start from, refuse those that start from something else, and go on where the run was.
+
+    Raises:
+        FederationError: A client has another model, catalog or start than most.
+    """
+    starts = {name: read_start(report, whose=f"client {name}") for name, report in reports.items()}
+    (most, count), *_ = Counter(start.hashes for start in starts.values()).most_common()
+    if others := [name for name, start in starts.items() if start.hashes != most]:
+        raise FederationError(
+            f"client {others[0]} has another model, catalog or start than {count} of the {len(starts)} clients",
+            cure="Give every client the same model and the same file of items, with data.catalog: all.",
+        )
+    initial = next(iter(starts.values())).initial
+    store = CheckpointStore(folder / "checkpoints", keep=config.run.checkpoints, warn=progress.note)
+    method = make_method(config.federation)
+    server = FederationServer(config, method, list(reports), initial, store, progress.note)
+    if resume and server.restore():
+        progress.note(f"going on after server round {server.next_round} of {config.federation.rounds}")
+    _, model, catalog = most
+    return OrderDesk(server, model, catalog, progress.note)
+
+
+def _metrics(config: Config, told: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Put the content of ``metrics.json`` together from the means that clients tell; what they do not is ``None``."""
+    if not told:
+        raise FederationError("no client tested its adapter", cure="Start the clients, then go on with --resume.")
+    clients = {name: dict(own["tested"]) for name, own in told.items()}
+    names = [key for key in next(iter(clients.values())) if key != "users"]
+    users = {name: int(own["users"]) for name, own in clients.items()}
+    total = sum(users.values())
+    overall = {
+        key: sum(users[name] * own[key] for name, own in clients.items() if users[name]) / total if total else None
+        for key in names
+    }
+    stored = [own["stored_bytes"] for own in told.values()]
+    hosted = [own["server"] for own in stored if own["server"] is not None]
+    nothing = {"peak_rss_bytes": None, "train_flops": None}
+    return {
+        "method": config.federation.method,
+        "backbone": config.backbone.name,
+        "cut": None if config.cut is None else config.cut.model_dump(exclude={"by_client"}),
+        "overall": overall,
+        "clients": clients,
+        "spread": {key: spread({name: own[key] for name, own in clients.items()}) for key in names},
+        "floors": {},
+        "cost": {
+            "client": {"stored_bytes": max(own["client"] for own in stored), **nothing},
+            "server": {"stored_bytes": max(hosted) if hosted else None, **nothing},
+            "wire": {"bytes_up": None, "bytes_down": None},
+        },
+        "seconds": {"total": None, "train": None, "evaluate": None},
+        "samples_per_second": None,
+    }

@@ -1,0 +1,213 @@
+"""A federation through Flower on loopback: the link, three nodes and the operator as real processes, with TLS and keys.
+
+Every client has a folder with its own users' data and nobody else's; what comes of it is what one process gives that
+has all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pplr.runtimes import in_process
+from pplr.runtimes.assembly import load_run_data
+from pplr.runtimes.identity import enroll_client, init_federation, revoke
+from pplr.testing import same_state
+
+pytest.importorskip("flwr")
+LIMIT_S = 180
+SETTINGS = (
+    "data.catalog=all",
+    "training.samples=null",
+    "evaluation.test_users=null",
+    "evaluation.validation_users=3",
+    "runtime.deadline_s=60",
+)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class Place:
+    """A federation's folders and processes below one folder."""
+
+    def __init__(self, root: Path, config, names: tuple[str, ...]) -> None:
+        self.root, self.config, self.names = root, config, names
+        self.port = free_port()
+        self.federation, self.state = root / "federation", root / "state"
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        init_federation(self.federation, "fed", ["127.0.0.1"], address="127.0.0.1:8443")
+        self.config_file = root / "config.yaml"
+        self.config_file.write_text(config.to_yaml())
+        data = load_run_data(config)
+        for name, users in zip(data.partition.names, data.partition.users, strict=True):
+            enroll_client(self.federation, name, root / "kits" / name)
+            self._split(name, {data.dataset.user_ids[user] for user in users})
+
+    def _split(self, name: str, kept: set[str]) -> None:
+        whole, folder = self.config.data.path, self.root / "data" / name
+        folder.mkdir(parents=True)
+        shutil.copy(whole / "tiny.item", folder)
+        for part in ("tiny.user", "tiny.inter"):
+            header, *lines = (whole / part).read_text().splitlines(keepends=True)
+            (folder / part).write_text(header + "".join(line for line in lines if line.split("\t")[0] in kept))
+
+    def log(self, name: str) -> str:
+        return (self.root / f"{name}.log").read_text(errors="replace")
+
+    def start(self, name: str, *arguments: str) -> None:
+        with (self.root / f"{name}.log").open("ab") as out:
+            command = [sys.executable, "-m", "pplr.apps.cli", *arguments]
+            environment = os.environ | {"FLWR_HOME": str(self.root / "flwr" / name)}
+            self.processes[name] = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+
+    def start_server(self) -> None:
+        self.start("server", "server", "--federation", str(self.federation), "--state", str(self.state),
+                   "--listen", f"127.0.0.1:{self.port}")  # fmt: skip
+        self.wait(lambda: self.listens() and self.log("server").count("may join") >= len(self.names), "server")
+
+    def listens(self) -> bool:
+        with socket.socket() as sock:
+            return sock.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def start_client(self, name: str, kit: str | None = None, label: str | None = None) -> None:
+        label = label or f"client-{name}"
+        self.start(label, "client", "--kit", str(self.root / "kits" / (kit or name)), "--data",
+                   str(self.root / "data" / name), "--server", f"127.0.0.1:{self.port}", "--folder",
+                   str(self.root / label))  # fmt: skip
+
+    def wait(self, condition: Callable[[], bool], of: str) -> None:
+        until = time.monotonic() + LIMIT_S
+        while not condition():
+            assert self.processes[of].poll() is None, self.log(of)
+            assert time.monotonic() < until, "it took too long:\n" + "\n".join(map(self.log, self.processes))
+            time.sleep(0.1)
+
+    def train(self, run: Path, *more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pplr.apps.cli", "train", str(self.config_file), "--run-dir", str(run),
+                   "--federation", str(self.federation), "--state", str(self.state), *more]  # fmt: skip
+        return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+
+    def start_training(self, run: Path) -> None:
+        self.start("training", "train", str(self.config_file), "--run-dir", str(run), "--federation",
+                   str(self.federation), "--state", str(self.state))  # fmt: skip
+
+    def kill(self, name: str) -> None:
+        """Kill a process and what it started, at once."""
+        own = psutil.Process(self.processes[name].pid)
+        for process in [*own.children(recursive=True), own]:
+            process.kill()
+        self.processes.pop(name).wait()
+
+    def stop(self) -> None:
+        for process in reversed(list(self.processes.values())):
+            process.terminate()
+        for process in self.processes.values():
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture
+def place(tmp_path: Path, small_config, model_folder: Path) -> Iterator[Place]:
+    config = small_config(f"backbone.model={model_folder}", *SETTINGS)
+    made = Place(tmp_path, config, ("0", "1", "2"))
+    yield made
+    made.stop()
+
+
+def records(folder: Path) -> list[dict]:
+    found = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    for record in found:
+        for own in record["clients"].values():
+            own.pop("seconds", None)
+    return found
+
+
+def test_three_machines_give_the_run_of_one_process(place: Place, tmp_path: Path) -> None:
+    from pplr.backbones.adapters import load_adapter
+
+    here = in_process.train(place.config, tmp_path / "here")
+    place.start_server()
+    for name in place.names:
+        place.start_client(name)
+    done = place.train(tmp_path / "there")
+    assert done.returncode == 0, done.stdout + done.stderr + "".join(map(place.log, place.processes))
+    assert records(tmp_path / "there") == records(here.folder)
+    metrics = json.loads((tmp_path / "there" / "metrics.json").read_text())
+    assert metrics["clients"] == here.metrics["clients"]
+    assert metrics["overall"] == pytest.approx(here.metrics["overall"], abs=1e-12)
+    for name in place.names:
+        (adapter,) = (tmp_path / f"client-{name}" / "runs").glob("*/adapter")
+        assert same_state(load_adapter(adapter), load_adapter(here.folder / "clients" / name))
+
+
+def test_a_node_that_is_killed_is_left_out_and_comes_back_with_its_own_adapter(place: Place, tmp_path: Path) -> None:
+    """The link takes it for alive for a minute after it was killed, and lets it in again then."""
+    config = place.config
+    federation = config.federation.model_copy(update={"rounds": 11, "patience": None})
+    runtime = config.runtime.model_copy(update={"deadline_s": 8.0})
+    place.config_file.write_text(config.model_copy(update={"federation": federation, "runtime": runtime}).to_yaml())
+    place.start_server()
+    for name in place.names:
+        place.start_client(name)
+    run, state = tmp_path / "there", tmp_path / "client-1" / "runs"
+    place.start_training(run)
+    place.wait(lambda: any(state.glob("*/state/000002")), "training")
+    place.kill("client-1")
+    place.wait(lambda: "goes on without client 1: it did not answer" in place.log("training"), "training")
+    place.start_client("1")
+    assert place.processes["training"].wait(LIMIT_S) == 0, place.log("training")
+    took_part = [set(record["clients"]) for record in records(run)]
+    assert took_part[0] == {"0", "1", "2"}
+    assert {"0", "2"} in took_part
+    assert took_part[-1] == {"0", "1", "2"}
+    assert set(json.loads((run / "metrics.json").read_text())["clients"]) == {"0", "1", "2"}
+
+
+def test_a_revoked_kit_does_not_join_and_the_others_go_on(place: Place, tmp_path: Path) -> None:
+    revoke(place.federation, "2")
+    place.names = ("0", "1")
+    place.start_server()
+    for name in ("0", "1", "2"):
+        place.start_client(name)
+    place.wait(lambda: "does not let this client in" in place.log("client-2"), "client-2")
+    done = place.train(tmp_path / "there")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(records(tmp_path / "there")[0]["clients"]) == {"0", "1"}
+    assert "taking part" not in place.log("client-2")
+
+
+def test_the_operators_part_of_the_link_is_closed_to_clients(place: Place) -> None:
+    """Who holds a kit and no secret can neither start a run, nor let a node in, nor take the server's tasks."""
+    from pplr.runtimes.flower_federation import link_of
+    from pplr.runtimes.flower_link import LinkAddress, Operator, server_grid
+
+    place.start_server()
+    link = link_of(place.federation, place.state)
+    guessed = LinkAddress(link.address, link.ca_pem, b"0" * 64)
+    with contextlib.closing(Operator(link)) as operator:
+        assert len(operator.nodes()) == len(place.names)  # the positive control
+    refused = r"401|403|[Uu]nauth|[Aa]uthenticat"
+    for ask in (Operator.nodes, Operator.start_run, lambda own: own.register(b"key"), lambda own: own.unregister(1)):
+        with contextlib.closing(Operator(guessed)) as stranger, pytest.raises(Exception, match=refused):
+            ask(stranger)
+    with pytest.raises(Exception, match=refused), server_grid(guessed, 1, threading.Event()):
+        pass
