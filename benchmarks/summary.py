@@ -44,7 +44,8 @@ def write_summary() -> None:
                 f"{content['adapter_and_optimizer_bytes'] / 1e6:.1f} MB of adapters and optimizer states"
             )
         command = content.get("command", f"python -m benchmarks.{path.stem}")
-        sections.append(f"## {path.stem}\n\n`{command}`\n\n" + "\n".join(table) + "\n\n" + "\n".join(detail))
+        parts = [f"## {path.stem}", f"`{command}`", *(["\n".join(table)] if content["rows"] else []), "\n".join(detail)]
+        sections.append("\n\n".join(parts))
     (RESULTS / "summary.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     head = (
         "# Benchmarks\n\nWritten by `make bench` from `benchmarks/results/*.json`. "
