@@ -13,7 +13,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -197,8 +196,9 @@ def test_a_revoked_kit_does_not_join_and_the_others_go_on(place: Place, tmp_path
 
 def test_the_operators_part_of_the_link_is_closed_to_clients(place: Place) -> None:
     """Who holds a kit and no secret can neither start a run, nor let a node in, nor take the server's tasks."""
+    from pplr.runtimes.address import LinkAddress
     from pplr.runtimes.flower_federation import link_of
-    from pplr.runtimes.flower_link import LinkAddress, Operator, server_grid
+    from pplr.runtimes.flower_link import Operator, server_grid
 
     place.start_server()
     link = link_of(place.federation, place.state)
@@ -209,5 +209,5 @@ def test_the_operators_part_of_the_link_is_closed_to_clients(place: Place) -> No
     for ask in (Operator.nodes, Operator.start_run, lambda own: own.register(b"key"), lambda own: own.unregister(1)):
         with contextlib.closing(Operator(guessed)) as stranger, pytest.raises(Exception, match=refused):
             ask(stranger)
-    with pytest.raises(Exception, match=refused), server_grid(guessed, 1, threading.Event()):
+    with pytest.raises(Exception, match=refused), server_grid(guessed, 1):
         pass

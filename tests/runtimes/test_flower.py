@@ -155,7 +155,7 @@ def test_a_node_is_whose_key_it_holds(strategy) -> None:
     found = strategy(identify=lambda _: {7: "b", 8: "a"})
     found._join(grid)
     assert found._nodes == {"b": 7, "a": 8}
-    liar = FakeGrid({7: says("a"), 8: says("b")})
+    liar = FakeGrid({7: says("a"), 8: says("a")})
     with refuses(FederationError, "the holder of client b's key says that it is client a"):
         strategy(identify=lambda _: {7: "b", 8: "a"})._join(liar)
     with refuses(FederationError, "1 of 2 clients joined; b did not"):
@@ -175,7 +175,24 @@ def test_a_client_that_is_revoked_while_a_round_goes_on_is_not_heard(strategy) -
     orders = found._messages({"a": b"", "b": b""}, "train", 1)
     reports = found._reports(found._exchange(FakeGrid({7: answers, 8: answers}), "training", orders))
     assert reports == {"a": report}
-    assert "client b is enrolled no more: passed over" in found.heard.notes
+    assert "client b is enrolled no more, or not there: passed over" in found.heard.notes
+
+
+def test_what_flower_tells_of_a_node_that_is_gone_is_told_by_its_clients_name(strategy) -> None:
+    """Such a reply comes from the link, not from the node."""
+    found = strategy(identify=lambda _: {7: "b", 8: "a"})
+    found._join(FakeGrid({7: says("b"), 8: says("a")}))
+
+    class Link(FakeGrid):
+        def pull_messages(self, message_ids):
+            replies = super().pull_messages(message_ids)
+            for reply in replies:
+                reply.metadata.__dict__["_src_node_id"] = 1
+            return replies
+
+    orders = found._messages({"a": b"", "b": b""}, "train", 1)
+    assert found._reports(found._exchange(Link({7: fails, 8: fails}), "training", orders)) == {}
+    assert {"client a failed: out of memory", "client b failed: out of memory"} <= set(found.heard.notes)
 
 
 def test_an_engine_that_has_ended_is_not_waited_for(strategy) -> None:

@@ -287,6 +287,8 @@ HOSTILE = {
     "no result": (retold(result=None), "does not tell how its training went"),
     "a loss of words": (retold(result=RESULT | {"loss": "low"}), "which is no number"),
     "a negative loss": (retold(result=RESULT | {"loss": -1.0}), "which no training gives"),
+    "samples beyond all numbers": (retold(samples=10**400), "which counts nothing"),
+    "a loss beyond all numbers": (retold(result=RESULT | {"loss": 10**400}), "which is no number"),
     "another field": (retold(result=RESULT | {"more": 1}), "does not tell how its training went"),
 }
 
@@ -305,6 +307,66 @@ def test_what_a_client_may_not_send_is_left_out_by_name_and_changes_nobody(parti
     honest.round()
     one, other = honest.server.adapter_of("0"), silent.server.adapter_of("0")
     assert any(not torch.equal(one[key], other[key]) for key in one)  # the comparison can see a difference
+
+
+def told_raw(parcel: Parcel, before: str, after: str) -> bytes:
+    """Write what Python's own JSON would not: the header is patched to the same length."""
+    data = parcel.pack()
+    assert data.count(before.encode()) == 1
+    assert len(before) == len(after)
+    return data.replace(before.encode(), after.encode())
+
+
+MEASURED: dict[str, object] = {
+    "an unknown metric": {"loss": 1.0, "more": 1.0},
+    "no metric": {},
+    "words": {"loss": "low"},
+    "a truth": {"loss": True},
+    "beyond all numbers": {"loss": 10**400},
+    "a list": [1.0],
+}
+
+
+@pytest.mark.parametrize("what", MEASURED)
+def test_a_validation_that_cannot_be_is_passed_over_and_ends_nothing(parties, what: str) -> None:
+    found = parties()
+    found.round(validate=altered(found, "1", retold(measured=MEASURED[what])))
+    assert any("client 1 tells" in note and "of its validation" in note for note in found.notes)
+    assert found.server.records[0]["clients"]["1"]["validation"] == {}
+    assert found.server.records[0]["clients"]["0"]["validation"]["loss"] > 0
+    assert set(found.server.best) == {"0", "2"}
+
+
+def test_an_infinity_that_json_can_write_ends_nothing(parties) -> None:
+    found = parties()
+
+    def infinite(name: str, order: bytes) -> bytes | None:
+        if name != "1":
+            return found.answer(name, order)
+        parcel = Parcel.unpack(found.answer(name, order) or b"", whose=name)
+        return told_raw(Parcel(parcel.kind, dict(parcel.told) | {"measured": {"loss": 12345.0}}), "12345.0", "1.0e999")
+
+    found.round(validate=infinite)
+    assert any("client 1 tells {'loss': inf}" in note for note in found.notes)
+    assert found.server.next_round == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tested": None},
+        {"tested": {"users": 3}},
+        {"stored_bytes": None},
+        {"stored_bytes": {"client": None, "server": 1}},
+        {"stored_bytes": {"client": 1, "server": "much"}},
+    ],
+)
+def test_a_test_that_cannot_be_is_passed_over_and_ends_nothing(parties, fields) -> None:
+    found = parties("federation.rounds=1")
+    found.round()
+    reports = found.send(found.desk.test_orders(), altered(found, "1", retold(**fields)))
+    assert set(found.desk.take_tests(reports)) == {"0", "2"}
+    assert any("client 1" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\0" * 8, b"\xff" * 64, b"not a parcel at all", b"\x02\0\0\0\0\0\0\0{}"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 from collections.abc import Iterator
@@ -67,7 +68,7 @@ def client(
     screen = Screen()
     with screen.busy("loading libraries"):
         from pplr.runtimes.flower_node import run_node
-    own = [f"data.path={data.resolve()}", *(settings or ())]
+    own = [f"data.path={json.dumps(str(data.resolve()))}", *(settings or ())]
     with _until_stopped() as stopping:
         run_node(kit, connect, folder, own, TerminalProgress(screen), stopping)
     screen.line("stopped")

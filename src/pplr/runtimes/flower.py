@@ -289,13 +289,14 @@ class OrderStrategy(Strategy):
         names = {node: name for name, node in self._nodes.items()}
         found = {}
         for reply in replies:
-            name = names.get(reply.metadata.src_node_id)
-            if name is None and reply.has_error():  # of Flower itself, for a node that does not answer
-                name = names.get(self._asked.get(reply.metadata.reply_to_message_id, 0))
-            if name is not None and self._known is not None and self._known.get(reply.metadata.src_node_id) != name:
-                self._progress.note(f"client {name} is enrolled no more: passed over")
-            elif name is None:
-                self._progress.note(f"node {reply.metadata.src_node_id} answers, and never joined: passed over")
+            node = reply.metadata.src_node_id
+            if node not in names and reply.has_error():  # of Flower itself, for a node that does not answer
+                node = self._asked.get(reply.metadata.reply_to_message_id, node)
+            name = names.get(node)
+            if name is None:
+                self._progress.note(f"node {node} answers, and never joined: passed over")
+            elif self._known is not None and self._known.get(node) != name:
+                self._progress.note(f"client {name} is enrolled no more, or not there: passed over")
             elif reply.has_error():
                 self._progress.note(f"client {name} failed: {_reason(reply)}")
             else:

@@ -20,9 +20,10 @@ from pplr.federation.methods import make_method
 from pplr.federation.server import FederationServer
 from pplr.progress import Progress, Silent
 from pplr.recommend.metrics import spread
+from pplr.runtimes.address import LinkAddress
 from pplr.runtimes.certificates import read_private, write_private
 from pplr.runtimes.flower_settings import load_flower
-from pplr.runtimes.identity import enrolled
+from pplr.runtimes.identity import Enrolled, enrolled
 from pplr.runtimes.orders import OrderDesk, greeting, read_start
 from pplr.runtimes.run_folder import RoundWriter, claimed
 from pplr.storage import write_atomic, write_json
@@ -35,13 +36,17 @@ __all__ = ["client_names", "keep_nodes", "link_of", "prepare_link", "train"]
 _SECRET, _LINK = "link.secret", "link.json"
 
 
+def _valid(federation: Path) -> list[Enrolled]:
+    return [own for own in enrolled(federation) if own.state == "valid" and own.role == "client"]
+
+
 def client_names(federation: Path) -> list[str]:
     """Name the clients whose certificates count, in order.
 
     Raises:
         IdentityError: There is none, or one was enrolled before keys were recorded.
     """
-    valid = [own for own in enrolled(federation) if own.state == "valid" and own.role == "client"]
+    valid = _valid(federation)
     if not valid:
         raise IdentityError(f"{federation} has no client whose certificate counts", cure="Run `pplr enroll client`.")
     if old := [own.name for own in valid if own.public_key_pem is None]:
@@ -53,8 +58,7 @@ def client_names(federation: Path) -> list[str]:
 
 def _keys(federation: Path) -> dict[bytes, str]:
     """Say which key is whose, of those that count now."""
-    valid = [own for own in enrolled(federation) if own.state == "valid" and own.role == "client"]
-    return {own.public_key_pem: own.name for own in valid if own.public_key_pem is not None}
+    return {own.public_key_pem: own.name for own in _valid(federation) if own.public_key_pem is not None}
 
 
 def prepare_link(state: Path, address: str) -> Path:
@@ -67,15 +71,12 @@ def prepare_link(state: Path, address: str) -> Path:
     return secret
 
 
-def link_of(federation: Path, state: Path) -> Any:
+def link_of(federation: Path, state: Path) -> LinkAddress:
     """Read where a link is, and the operator's secret.
 
     Raises:
         FederationError: The folder is none of a link.
     """
-    load_flower()
-    from pplr.runtimes.flower_link import LinkAddress
-
     try:
         address = str(json.loads((state / _LINK).read_text(encoding="utf-8"))["address"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -175,13 +176,12 @@ def train(
             writer.write()
             return desk
 
-        stopping = threading.Event()
         deadline = config.runtime.deadline_s
-        strategy = flower.OrderStrategy(names, greeting(config), open_desk, deadline, writer, stopping, identify)
+        strategy = flower.OrderStrategy(names, greeting(config), open_desk, deadline, writer, identify=identify)
         with flower_link.link_errors(link.address):
             with contextlib.closing(flower_link.Operator(link)) as operator:
                 run_id = operator.start_run()
-            with flower_link.server_grid(link, run_id, stopping) as (grid, _):
+            with flower_link.server_grid(link, run_id) as (grid, _):
                 strategy.start(grid)
                 told = strategy.test(grid)
         for name in names:
@@ -233,7 +233,7 @@ def _metrics(config: Config, told: Mapping[str, Mapping[str, Any]]) -> dict[str,
     users = {name: int(own["users"]) for name, own in clients.items()}
     total = sum(users.values())
     overall = {
-        key: sum(users[name] * own[key] for name, own in clients.items() if users[name]) / total if total else None
+        key: sum(users[name] * (own[key] or 0.0) for name, own in clients.items()) / total if total else None
         for key in names
     }
     stored = [own["stored_bytes"] for own in told.values()]

@@ -18,9 +18,9 @@ import logging
 import os
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ from flwr.proto.control_pb2 import (
     ListNodesRequest,
     RegisterNodeRequest,
     StartRunRequest,
-    StopRunRequest,
     UnregisterNodeRequest,
 )
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, PushTaskOutputRequest
@@ -54,7 +53,6 @@ from flwr.supercore.interceptors import (
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
-from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.runtime.tracing import RuntimeTracingInterceptor
 from flwr.supercore.task_identity import TaskIdentity
@@ -63,12 +61,14 @@ from flwr.superlink.grid import HttpGrid
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from pplr.errors import FederationError
+from pplr.runtimes.address import LinkAddress
 from pplr.storage import sha256_bytes
 
-__all__ = ["LinkAddress", "Operator", "answer_messages", "link_errors", "serve_link", "server_grid"]
+__all__ = ["Operator", "answer_messages", "link_errors", "serve_link", "server_grid"]
 
 _ACQUIRE = frozenset({"/flwr.proto.Runtime/AcquireTask"})
 _POLL_S = 0.2
+_TASK_S = 60.0
 _APP = {
     "pyproject.toml": b"""[project]
 name = "pplr-run"
@@ -84,21 +84,6 @@ clientapp = "pplr_run:client"
     "pplr_run.py": b'raise RuntimeError("this is run by pplr server and pplr client alone")\n',
 }
 """What a run ships: nothing that can be run."""
-
-
-@dataclass(frozen=True)
-class LinkAddress:
-    """Where a link is.
-
-    Args:
-        address: HOST:PORT.
-        ca_pem: The authority that signed its certificate.
-        secret: The operator's; ``None`` for a client.
-    """
-
-    address: str
-    ca_pem: bytes
-    secret: bytes | None = None
 
 
 # -- the link ---------------------------------------------------------------------------------------------------
@@ -191,8 +176,6 @@ class Operator:
     """
 
     def __init__(self, link: LinkAddress) -> None:
-        if link.secret is None:
-            raise FederationError("an operator needs the link's secret", cure="Give the server's state folder.")
         self._control = ControlHttpClient.from_server_address(
             server_address=link.address,
             insecure=False,
@@ -221,25 +204,22 @@ class Operator:
         fab = Fab(sha256_bytes(content), content, {})
         return int(self._control.StartRun(StartRunRequest(fab=fab_to_proto(fab))).run_id)
 
-    def stop_run(self, run_id: int) -> None:
-        """Close a run that did not end by itself."""
-        self._control.StopRun(StopRunRequest(run_id=run_id))
-
     def close(self) -> None:
         """End the connection."""
         self._control.close()
 
 
-def _runtime(address: str, ca_pem: bytes | None, *interceptors: Any, tries: int | None = None) -> RuntimeHttpClient:
-    retrying = make_simple_http_retry_invoker()
-    if tries is not None:
-        retrying.max_tries = tries
+def _runtime(address: str, ca_pem: bytes | None, *interceptors: Any) -> RuntimeHttpClient:
+    """Connect to a runtime interface; without a certificate to a node's own, on loopback.
+
+    Nothing is tried again by Flower: its way of doing so interrupts the whole process where a request is refused.
+    """
     return RuntimeHttpClient.from_server_address(
         server_address=address,
         insecure=ca_pem is None,
         root_certificates=ca_pem,
         interceptors=[RuntimeTracingInterceptor(), *interceptors],
-        retry_invoker=retrying,
+        retry_invoker=None,
     )
 
 
@@ -261,24 +241,26 @@ def link_errors(address: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def server_grid(link: LinkAddress, run_id: int, stopping: threading.Event) -> Iterator[tuple[Grid, Context]]:
+def server_grid(link: LinkAddress, run_id: int) -> Iterator[tuple[Grid, Context]]:
     """Take the server's task of a run, and reach the nodes while inside.
 
     Raises:
-        FederationError: Another run's task came, or this is stopped.
+        FederationError: It does not come within a minute.
     """
-    if link.secret is None:
-        raise FederationError("the server's tasks need the link's secret", cure="Give the server's state folder.")
     signed = SuperExecAuthHttpInterceptor(master_secret=link.secret, protected_methods=_ACQUIRE)
     version = RuntimeVersionHttpInterceptor(component_name="SuperExec")
-    asking = _runtime(link.address, link.ca_pem, version, signed, tries=3)
+    asking = _runtime(link.address, link.ca_pem, version, signed)
+    until = time.monotonic() + _TASK_S
     try:
-        while True:
+        while True:  # tasks of runs whose operator was killed may come first
             told = asking.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
             if told.HasField("task") and told.token and told.task.run_id == run_id:
                 break
-            if stopping.wait(_POLL_S):
-                raise FederationError("stopped before the run began", cure="Go on with --resume.")
+            if time.monotonic() > until:
+                raise FederationError(
+                    f"the link did not hand out the run within {_TASK_S:.0f} s", cure="See to `pplr server`."
+                )
+            time.sleep(_POLL_S)
     finally:
         asking.close()
     grid = HttpGrid(runtime_api_address=link.address, root_certificates=link.ca_pem, token=told.token)
@@ -319,7 +301,7 @@ def answer_messages(
         note: Told of every message that could not be answered, and why.
     """
     signed = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=_ACQUIRE)
-    asking = _runtime(address, None, RuntimeVersionHttpInterceptor(component_name="SuperExec"), signed, tries=1)
+    asking = _runtime(address, None, RuntimeVersionHttpInterceptor(component_name="SuperExec"), signed)
     request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
     try:
         while not stopping.is_set():

@@ -12,6 +12,7 @@ from pplr.config import Config
 from pplr.errors import FederationError, PplrError, WireError
 from pplr.federation.decisions import Trained
 from pplr.federation.server import FederationServer
+from pplr.recommend.metrics import ranking_metrics
 from pplr.recommend.training import LocalResult
 from pplr.runtimes.parcels import Parcel
 from pplr.runtimes.participant import HELLO, TEST, TRAIN, VALIDATE
@@ -21,6 +22,8 @@ __all__ = ["OrderDesk", "Start", "greeting", "read_hello", "read_start", "run_to
 
 _SAME = "Use the same configuration, model and catalog on both sides."
 _SHARED = ("initial_sha256", "model_sha256", "catalog_sha256")
+_MOST = 2**53
+"""Largest number that is believed: beyond it, floats skip whole numbers."""
 _RESULT = {"samples": int, "steps": int, "tokens": int, "targets": int, "loss": float, "seconds": float}
 
 
@@ -69,8 +72,8 @@ def _result_of(told: Any, whose: str) -> LocalResult:
     if not isinstance(told, dict) or set(told) != set(_RESULT):
         raise WireError(f"{whose} does not tell how its training went", cure=_SAME)
     for name, kind in _RESULT.items():
-        if type(told[name]) not in (kind, int):
-            raise WireError(f"{whose} tells {name} {told[name]!r}, which is no number", cure=_SAME)
+        if type(told[name]) not in (kind, int) or not _is_number(told[name]):
+            raise WireError(f"{whose} tells {name} {str(told[name])[:50]}, which is no number", cure=_SAME)
     return LocalResult(**{name: kind(told[name]) for name, kind in _RESULT.items()})
 
 
@@ -104,6 +107,9 @@ class OrderDesk:
         self._shared = dict(zip(_SHARED, (adapter_sha256(server.initial), model_sha256, catalog_sha256), strict=True))
         self._note = note
         self._run = run_token(server.config.to_yaml())
+        evaluation = server.config.evaluation
+        self._rankings = frozenset(ranking_metrics([1], evaluation.cutoffs))
+        self._metrics = frozenset({"loss"}) if evaluation.validation_metric == "loss" else self._rankings
         self._attempt = ""
         self._failed = 0
         self._traffic: dict[str, dict[str, int]] = {"bytes_up": {}, "bytes_down": {}}
@@ -180,8 +186,8 @@ class OrderDesk:
         for name, parcel in self._read(VALIDATE, reports).items():
             values = parcel.told.get("measured")
             try:
-                if not isinstance(values, dict) or not all(_is_number(value) for value in values.values()):
-                    raise WireError(f"client {name} tells {values!r} of its validation", cure=_SAME)
+                if not isinstance(values, dict) or not _are_measured(values, self._metrics):
+                    raise WireError(f"client {name} tells {str(values)[:200]} of its validation", cure=_SAME)
                 counts = {key: _count(parcel.told.get(key), key, name) for key in self._traffic}
             except WireError as error:
                 self._note(str(error))
@@ -201,11 +207,21 @@ class OrderDesk:
         return {name: Parcel(TEST, {"run": self._run}).pack() for name in self.server.names}
 
     def take_tests(self, reports: Mapping[str, bytes]) -> dict[str, Mapping[str, Any]]:
-        """Read what each client tells of its test; means alone."""
+        """Read what each client tells of its test: means and counts alone; what cannot be believed is passed over."""
         told = {}
         for name, report in reports.items():
             try:
-                told[name] = _unpack(report, TEST, f"client {name}").told
+                own = _unpack(report, TEST, f"client {name}").told
+                tested, stored = own.get("tested"), own.get("stored_bytes")
+                if not isinstance(tested, dict) or not _are_measured(tested, self._rankings | {"users"}):
+                    raise WireError(f"client {name} tells {str(tested)[:200]} of its test", cure=_SAME)
+                _count(tested["users"], "users", name)
+                if not isinstance(stored, dict) or set(stored) != {"client", "server"}:
+                    raise WireError(f"client {name} does not tell what it stores", cure=_SAME)
+                for key, size in stored.items():
+                    if size is not None or key == "client":
+                        _count(size, f"stored bytes of the {key}", name)
+                told[name] = own
             except WireError as error:
                 self._note(str(error))
         return told
@@ -235,10 +251,16 @@ class OrderDesk:
 
 
 def _count(value: Any, key: str, name: str) -> int:
-    if type(value) is not int or value < 0:
-        raise WireError(f"client {name} tells {key} {value!r}, which counts nothing", cure=_SAME)
+    if type(value) is not int or not 0 <= value <= _MOST:
+        raise WireError(f"client {name} tells {key} {str(value)[:50]}, which counts nothing", cure=_SAME)
     return value
 
 
+def _are_measured(values: Mapping[str, Any], metrics: frozenset[str]) -> bool:
+    """Whether these are the metrics that are to be measured, each a number or nothing."""
+    return values.keys() == metrics and all(value is None or _is_number(value) for value in values.values())
+
+
 def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+    """Whether this is a finite number that arithmetic can be done with; JSON can write one that overflows."""
+    return type(value) in (int, float) and -_MOST <= value <= _MOST

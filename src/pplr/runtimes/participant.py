@@ -72,13 +72,11 @@ class Participant:
         return self._train(server_round, order) if order.kind == TRAIN else self._validate(server_round, order)
 
     def _hello(self) -> Parcel:
-        """Say who this is, what it holds, and what adapters start as here."""
+        """Say who this is, and what adapters start as here."""
         assembly = self._assembly
         initial = assembly.exchanged(assembly.initial)
         told = {
             "client": self.name,
-            "samples": len(self._client_at(None).encoded),
-            "test_users": len(assembly.data.test[self.name]),
             "initial_sha256": adapter_sha256(initial),
             "model_sha256": assembly.backbone.fingerprint(),
             "catalog_sha256": assembly.data.dataset.catalog.sha256,
@@ -133,7 +131,6 @@ class Participant:
         told = {
             "tested": found.by_client()[self.name],
             "stored_bytes": {"client": client_bytes, "server": server_bytes},
-            "adapter_sha256": adapter_sha256(assembly.exchanged(state)),
         }
         return Parcel(TEST, told)
 
