@@ -27,6 +27,7 @@ from pplr.testing import same_state
 
 pytest.importorskip("flwr")
 LIMIT_S = 180
+HOSTILE = Path(__file__).parent / "hostile_client.py"
 SETTINGS = (
     "data.catalog=all",
     "training.samples=null",
@@ -47,13 +48,14 @@ class Place:
 
     def __init__(self, root: Path, config, names: tuple[str, ...]) -> None:
         self.root, self.config, self.names = root, config, names
-        self.port = free_port()
+        self.port, self.stage_port = free_port(), free_port()
         self.federation, self.state = root / "federation", root / "state"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         init_federation(self.federation, "fed", ["127.0.0.1"], address="127.0.0.1:8443")
         self.config_file = root / "config.yaml"
         self.config_file.write_text(config.to_yaml())
         data = load_run_data(config)
+        enroll_client(self.federation, "olga", root / "kits" / "olga", role="operator")
         for name, users in zip(data.partition.names, data.partition.users, strict=True):
             enroll_client(self.federation, name, root / "kits" / name)
             self._split(name, {data.dataset.user_ids[user] for user in users})
@@ -71,24 +73,25 @@ class Place:
 
     def start(self, name: str, *arguments: str) -> None:
         with (self.root / f"{name}.log").open("ab") as out:
-            command = [sys.executable, "-m", "pplr.apps.cli", *arguments]
+            program = [str(HOSTILE)] if name == "hostile" else ["-m", "pplr.apps.cli"]
+            command = [sys.executable, *program, *arguments]
             environment = os.environ | {"FLWR_HOME": str(self.root / "flwr" / name)}
             self.processes[name] = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
 
-    def start_server(self) -> None:
+    def start_server(self, *more: str) -> None:
         self.start("server", "server", "--federation", str(self.federation), "--state", str(self.state),
-                   "--listen", f"127.0.0.1:{self.port}")  # fmt: skip
+                   "--listen", f"127.0.0.1:{self.port}", *more)  # fmt: skip
         self.wait(lambda: self.listens() and self.log("server").count("may join") >= len(self.names), "server")
 
     def listens(self) -> bool:
         with socket.socket() as sock:
             return sock.connect_ex(("127.0.0.1", self.port)) == 0
 
-    def start_client(self, name: str, kit: str | None = None, label: str | None = None) -> None:
+    def start_client(self, name: str, *more: str, kit: str | None = None, label: str | None = None) -> None:
         label = label or f"client-{name}"
         self.start(label, "client", "--kit", str(self.root / "kits" / (kit or name)), "--data",
                    str(self.root / "data" / name), "--server", f"127.0.0.1:{self.port}", "--folder",
-                   str(self.root / label))  # fmt: skip
+                   str(self.root / label), *more)  # fmt: skip
 
     def wait(self, condition: Callable[[], bool], of: str) -> None:
         until = time.monotonic() + LIMIT_S
@@ -158,6 +161,38 @@ def test_three_machines_give_the_run_of_one_process(place: Place, tmp_path: Path
         assert same_state(load_adapter(adapter), load_adapter(here.folder / "clients" / name))
 
 
+def test_the_middle_blocks_stay_on_the_stage_server(place: Place, tmp_path: Path) -> None:
+    """Three clients with different cuts hold bundles of their own blocks alone; it gives the run of one process."""
+    from pplr.backbones.adapters import load_adapter
+    from pplr.backbones.bundles import write_bundles
+    from pplr.testing import tiny_decoder, tiny_tokenizer
+
+    cuts = {"0": (1, 1), "1": (2, 1), "2": (1, 2)}
+    model, bundles = tmp_path / "model", tmp_path / "bundles"
+    tiny_decoder(layers=5, width=16).save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    for k, m in cuts.values():
+        write_bundles(model, bundles / f"{k}{m}", input_layers=k, output_layers=m)
+    cut = {"input_layers": 1, "output_layers": 1, "by_client": {
+        name: {"input_layers": k, "output_layers": m} for name, (k, m) in cuts.items()}}  # fmt: skip
+    told = place.config.model_dump() | {"cut": cut}
+    config = type(place.config).model_validate(told | {"backbone": told["backbone"] | {"model": str(model)}})
+    place.config_file.write_text(config.to_yaml())
+    here = in_process.train(config, tmp_path / "here")
+    place.start_server("--stage", str(bundles / "11" / "server"), "--stage-listen", f"127.0.0.1:{place.stage_port}",
+                       "--", "--dtype", "float32")  # fmt: skip
+    at_stage = ("--stage-server", f"127.0.0.1:{place.stage_port}")
+    for name, (k, m) in cuts.items():
+        folder = bundles / f"{k}{m}" / "client"
+        place.start_client(name, *at_stage, "--set", f"backbone.model={folder}")
+    done = place.train(tmp_path / "there", "--kit", str(tmp_path / "kits" / "olga"), *at_stage)
+    assert done.returncode == 0, done.stdout + done.stderr + "".join(map(place.log, place.processes))
+    assert records(tmp_path / "there") == records(here.folder)
+    for name in place.names:
+        (adapter,) = (tmp_path / f"client-{name}" / "runs").glob("*/adapter")
+        assert same_state(load_adapter(adapter), load_adapter(here.folder / "clients" / name))
+
+
 def test_a_node_that_is_killed_is_left_out_and_comes_back_with_its_own_adapter(place: Place, tmp_path: Path) -> None:
     """The link takes it for alive for a minute after it was killed, and lets it in again then."""
     config = place.config
@@ -181,17 +216,55 @@ def test_a_node_that_is_killed_is_left_out_and_comes_back_with_its_own_adapter(p
     assert set(json.loads((run / "metrics.json").read_text())["clients"]) == {"0", "1", "2"}
 
 
-def test_a_revoked_kit_does_not_join_and_the_others_go_on(place: Place, tmp_path: Path) -> None:
-    revoke(place.federation, "2")
-    place.names = ("0", "1")
+def test_whoever_should_not_be_there_is_kept_out_and_the_others_go_on(place: Place, tmp_path: Path) -> None:
+    """A client with a revoked kit, one with another's kit, and an enrolled one that sends NaN and huge updates."""
+    enroll_client(place.federation, "3", place.root / "kits" / "3")
+    revoke(place.federation, "3")
     place.start_server()
-    for name in ("0", "1", "2"):
+    for name in ("0", "1"):
         place.start_client(name)
-    place.wait(lambda: "does not let this client in" in place.log("client-2"), "client-2")
+    place.start_client("2", label="hostile")
+    place.wait(lambda: "is connected" in place.log("client-0") and "is connected" in place.log("client-1"), "client-0")
+    shutil.copytree(place.root / "data" / "2", place.root / "data" / "3")
+    place.start_client("3")  # revoked
+    place.start_client("2", kit="0", label="thief")  # the kit of a client that is there
+    for name in ("client-3", "thief"):
+        place.wait(lambda name=name: "does not let this client in" in place.log(name), name)
     done = place.train(tmp_path / "there")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert set(records(tmp_path / "there")[0]["clients"]) == {"0", "1"}
-    assert "taking part" not in place.log("client-2")
+    assert done.returncode == 0, done.stdout + done.stderr + "".join(map(place.log, place.processes))
+    told = " ".join((done.stdout + done.stderr).split())  # as lines are broken anywhere
+    assert "goes on without client 2: client 2's adapter: base_model" in told, told
+    assert "holds NaN" in told, told
+    assert "goes on without client 2: its update has norm" in told, told
+    assert [set(record["clients"]) for record in records(tmp_path / "there")] == [{"0", "1"}, {"0", "1"}]
+    for name in ("client-3", "thief"):
+        assert "taking part" not in place.log(name)
+    honest = in_process.train(place.config, tmp_path / "here")  # all three train there
+    assert (
+        honest.rounds[0]["clients"]["0"]["mixed_from"] != records(tmp_path / "there")[0]["clients"]["0"]["mixed_from"]
+    )
+
+
+def test_a_link_that_was_killed_is_started_again_and_the_run_goes_on(place: Place, tmp_path: Path) -> None:
+    """Between two rounds, with all clients in place: they join again by themselves, and nothing of the run is lost."""
+    federation = place.config.federation.model_copy(update={"rounds": 4, "patience": None})
+    config = place.config.model_copy(update={"federation": federation})
+    place.config_file.write_text(config.to_yaml())
+    place.start_server()
+    for name in place.names:
+        place.start_client(name)
+    run = tmp_path / "there"
+    place.start_training(run)
+    place.wait(lambda: (run / "rounds.jsonl").exists() and len(records(run)) >= 1, "training")
+    place.kill("server")
+    assert place.processes.pop("training").wait(LIMIT_S) == 1
+    assert "does not answer" in place.log("training")
+    place.start_server()
+    done = place.train(run, "--resume")
+    assert done.returncode == 0, done.stdout + done.stderr + "".join(map(place.log, place.processes))
+    assert "going on after server round" in done.stdout + done.stderr
+    here = in_process.train(config, tmp_path / "here")
+    assert records(run) == records(here.folder)
 
 
 def test_the_operators_part_of_the_link_is_closed_to_clients(place: Place) -> None:

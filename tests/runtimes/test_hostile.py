@@ -632,9 +632,18 @@ for shown, tenant in {
 }.items():  # fmt: skip
     case(f"a tenancy named by {shown}", WRONG, lambda w, tenant=tenant: w.hello(tenant))
 
+# What an operator lays ready.
+for shown, label in {"nothing": "", "a guess": "0" * 32, "many letters": "a" * 10**4}.items():
+    case(
+        f"taking what is laid ready under {shown}",
+        S.FAILED_PRECONDITION,
+        lambda w, label=label: w.send("TakeAdapter", pb.TakeRequest(header=w.head(), label=label)),
+    )
+
 # What is for operators.
 OPERATORS = (
-    "Tenancies", "ReadAdapter", "WriteAdapter", "SaveTenancy", "RestoreTenancy", "DismissTenancy", "Metrics"
+    "Tenancies", "ReadAdapter", "WriteAdapter", "OfferAdapter", "SaveTenancy", "RestoreTenancy", "DismissTenancy",
+    "Metrics",
 )  # fmt: skip
 for method in OPERATORS:
     case(

@@ -68,7 +68,7 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.add_typer(enrolling.app, name="enroll")
 app.add_typer(staging.app, name="stage")
-app.command()(serving.server)
+app.command(context_settings={"allow_extra_args": True})(serving.server)
 app.command()(serving.client)
 app.command()(cutting.cut)
 app.command()(cutting.plan)
@@ -135,8 +135,6 @@ def train(
     again = shlex.join(["pplr", "train", str(config), *overrides, "--run-dir", str(folder), *there, "--resume"])
     if (federation is None) != (state is None):
         raise typer.BadParameter("give both --federation and --state, or neither")
-    if federation is not None and (stage_server or kit):
-        raise typer.BadParameter("clients of a federation bring their own", param_hint="--stage-server and --kit")
     server = stage_server_at(stage_server, kit)
     try:
         with screen.busy("loading libraries"):
@@ -149,7 +147,13 @@ def train(
             from pplr.runtimes.flower_federation import train as train_federation
 
             metrics = train_federation(
-                chosen, folder, federation=federation, state=state, resume=resume, progress=progress
+                chosen,
+                folder,
+                federation=federation,
+                state=state,
+                stage_server=server,
+                resume=resume,
+                progress=progress,
             )
     except KeyboardInterrupt as error:
         _complain(f"stopped. Go on with: {again}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,11 +75,13 @@ def serve(
     grace: Annotated[
         float, typer.Option(metavar="SECONDS", min=0, help="On SIGTERM, longest wait for rounds under way.")
     ] = 30.0,
+    until_input_ends: Annotated[
+        bool, typer.Option("--until-input-ends", help="Stop when standard input ends, as when the parent is killed.")
+    ] = False,
 ) -> None:
     """Serve the middle blocks over mutual TLS until SIGTERM or Ctrl-C."""
     import logging
     import signal
-    import threading
 
     from pplr.apps.tables import human_bytes
     from pplr.apps.terminal import Screen, TerminalProgress
@@ -128,6 +132,8 @@ def serve(
     asked = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked.set())
+    if until_input_ends:
+        threading.Thread(target=_wait_for_end, args=(asked,), daemon=True).start()
     server.start()
     host = listen.rpartition(":")[0]
     held = rss_bytes()
@@ -142,6 +148,11 @@ def serve(
     server.stop()
     kept = "" if state is None else f"; every adapter is in {state}"
     screen.line(("stopped" if finished else f"stopped with rounds under way after {grace:g} s") + kept)
+
+
+def _wait_for_end(asked: threading.Event) -> None:
+    sys.stdin.buffer.read()
+    asked.set()
 
 
 @contextmanager

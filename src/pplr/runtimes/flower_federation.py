@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pplr.config import Config
-from pplr.errors import FederationError, IdentityError
+from pplr.errors import ConfigError, FederationError, IdentityError
 from pplr.federation.checkpoints import CheckpointStore
 from pplr.federation.methods import make_method
 from pplr.federation.server import FederationServer
 from pplr.progress import Progress, Silent
 from pplr.recommend.metrics import spread
-from pplr.runtimes.address import LinkAddress
+from pplr.runtimes.address import LinkAddress, StageServerAt
 from pplr.runtimes.certificates import read_private, write_private
 from pplr.runtimes.flower_settings import load_flower
 from pplr.runtimes.identity import Enrolled, enrolled
+from pplr.runtimes.middles import Middles, StageMiddles
 from pplr.runtimes.orders import OrderDesk, greeting, read_start
 from pplr.runtimes.run_folder import RoundWriter, claimed
 from pplr.storage import write_atomic, write_json
@@ -125,6 +126,7 @@ def train(
     *,
     federation: Path,
     state: Path,
+    stage_server: StageServerAt | None = None,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -135,6 +137,9 @@ def train(
         run_dir: The run folder; made when absent.
         federation: The federation's folder.
         state: The server's state folder.
+        stage_server: Hosts the middle blocks of all clients, by an operator's kit; each client hosts its own when
+            absent. Middle adapters stay there: they are read and mixed on the server's side, and no client is sent
+            them.
         resume: Go on from the newest whole checkpoint.
         progress: Told of every step.
 
@@ -144,6 +149,8 @@ def train(
     Raises:
         ConfigError: Flower is not installed.
         FederationError: Clients do not join, do not belong together, or too few answer.
+        IdentityError: The kit is none of an operator.
+        TransportError: The stage server does not answer.
         RunError: The folder holds a run already, or one of another configuration, or is in use.
     """
     load_flower()
@@ -164,20 +171,26 @@ def train(
         keys = _keys(federation)
         return {node.node_id: keys[node.public_key] for node in grid.get_nodes() if node.public_key in keys}
 
-    with claimed(folder, config, resume=resume):
+    if stage_server is not None and config.cut is None:
+        raise ConfigError("a stage server for a model that is not cut", cure="Set cut, or leave out --kit.")
+    with claimed(folder, config, resume=resume), contextlib.ExitStack() as closing:
+        middles = None
+        if stage_server is not None:
+            middles = closing.enter_context(contextlib.closing(StageMiddles(stage_server.kit, stage_server.address)))
         if not (folder / "config.yaml").exists():
             write_atomic(folder / "config.yaml", config.to_yaml().encode())
         standing = _Standing()
         writer = RoundWriter(standing, folder, heard)
 
         def open_desk(reports: Mapping[str, bytes]) -> OrderDesk:
-            desk = _open_desk(config, reports, folder, resume, heard)
+            desk = _open_desk(config, reports, folder, resume, heard, middles)
             standing.records = desk.server.records
             writer.write()
             return desk
 
         deadline = config.runtime.deadline_s
-        strategy = flower.OrderStrategy(names, greeting(config), open_desk, deadline, writer, identify=identify)
+        hello = greeting(config, hosted=middles is not None)
+        strategy = flower.OrderStrategy(names, hello, open_desk, deadline, writer, identify=identify)
         with flower_link.link_errors(link.address):
             with contextlib.closing(flower_link.Operator(link)) as operator:
                 run_id = operator.start_run()
@@ -200,7 +213,12 @@ class _Standing:
 
 
 def _open_desk(
-    config: Config, reports: Mapping[str, bytes], folder: Path, resume: bool, progress: Progress
+    config: Config,
+    reports: Mapping[str, bytes],
+    folder: Path,
+    resume: bool,
+    progress: Progress,
+    middles: Middles | None = None,
 ) -> OrderDesk:
     """Take what most clients start from, refuse those that start from something else, and go on where the run was.
 
@@ -221,7 +239,8 @@ def _open_desk(
     if resume and server.restore():
         progress.note(f"going on after server round {server.next_round} of {config.federation.rounds}")
     _, model, catalog = most
-    return OrderDesk(server, model, catalog, progress.note)
+    hosted = {name: start.hosted for name, start in starts.items()}
+    return OrderDesk(server, model, catalog, progress.note, middles, hosted)
 
 
 def _metrics(config: Config, told: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -41,13 +41,18 @@ from flwr.proto.control_pb2 import (
     StartRunRequest,
     UnregisterNodeRequest,
 )
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, PushTaskOutputRequest
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullTaskInputRequest,
+    PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
+)
 from flwr.serverapp import Grid
 from flwr.supercore.auth.typing import AccountInfo
-from flwr.supercore.constant import TaskType
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, TaskType
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
-from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -69,6 +74,8 @@ __all__ = ["Operator", "answer_messages", "link_errors", "serve_link", "server_g
 _ACQUIRE = frozenset({"/flwr.proto.Runtime/AcquireTask"})
 _POLL_S = 0.2
 _TASK_S = 60.0
+_PATIENCE_S = 30.0
+_BUSY = (502, 503, 504)
 _APP = {
     "pyproject.toml": b"""[project]
 name = "pplr-run"
@@ -114,14 +121,17 @@ def _token(secret: bytes) -> str:
     return hmac.new(secret, b"pplr operator", "sha256").hexdigest()
 
 
-def serve_link(host: str, port: int, files: Path, database: Path, secret_file: Path) -> None:
+def serve_link(host: str, port: int, files: Path, secret_file: Path) -> None:
     """Serve a link until this process is told to end.
+
+    It keeps nothing on disk: who may join is told to it anew, and a run that was under way goes on from the checkpoint
+    of its operator. A link that remembered messages would hand out those of runs that nobody carries on, whose
+    contents it has lost, and nodes would wait for them.
 
     Args:
         host: Address to listen on.
         port: Port to listen on.
         files: Folder with ``ca.crt``, ``server/server.crt`` and ``server/server.key``.
-        database: Where the link keeps its state.
         secret_file: Of the operator.
     """
     import uvicorn
@@ -131,7 +141,7 @@ def serve_link(host: str, port: int, files: Path, database: Path, secret_file: P
     before = sys.argv
     sys.argv = [
         "flower-superlink",
-        *("--host", host, "--port", str(port), "--database", str(database), "--isolation", "process"),
+        *("--host", host, "--port", str(port), "--database", FLWR_IN_MEMORY_DB_NAME, "--isolation", "process"),
         *("--ssl-ca-certfile", str(files / "ca.crt"), "--ssl-certfile", str(files / "server" / "server.crt")),
         *("--ssl-keyfile", str(files / "server" / "server.key"), "--enable-supernode-auth"),
         *("--disable-runtime-dependency-installation", "--superexec-auth-secret-file", str(secret_file)),
@@ -223,6 +233,40 @@ def _runtime(address: str, ca_pem: bytes | None, *interceptors: Any) -> RuntimeH
     )
 
 
+class _Patience:
+    """Asks again for half a minute while a link does not answer; a refusal counts at once.
+
+    It stands where Flower's own stands, which never gives up, and interrupts the whole process at a refusal.
+    """
+
+    def invoke(self, ask: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Ask, and return the answer."""
+        until = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                return ask(*arguments, **options)
+            except httpx.TransportError:
+                if time.monotonic() > until:
+                    raise
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code not in _BUSY or time.monotonic() > until:
+                    raise
+            time.sleep(1.0)
+
+
+def _heartbeat(client: RuntimeHttpClient) -> Callable[[], bool]:
+    """Make what says that a task is being carried out; whoever is told otherwise notices it at the next request."""
+
+    def beat() -> bool:
+        try:
+            client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+        except httpx.HTTPError:
+            return False
+        return True
+
+    return beat
+
+
 @contextlib.contextmanager
 def link_errors(address: str) -> Iterator[None]:
     """Turn what goes wrong on the way to a link into an error that says what to do."""
@@ -264,8 +308,9 @@ def server_grid(link: LinkAddress, run_id: int) -> Iterator[tuple[Grid, Context]
     finally:
         asking.close()
     grid = HttpGrid(runtime_api_address=link.address, root_certificates=link.ca_pem, token=told.token)
+    grid._retry_invoker = _Patience()  # type: ignore[assignment]
     client = grid._runtime_client
-    beating = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    beating = HeartbeatSender(_heartbeat(client))
     beating.start()
     status, details = SubStatus.FAILED, "it did not end"
     try:
@@ -322,7 +367,7 @@ def answer_messages(
 def _answer(address: str, token: str, app: ClientApp, note: Callable[[str], None]) -> None:
     version = RuntimeVersionHttpInterceptor(component_name="flwr-clientapp")
     client = _runtime(address, None, version, RuntimeTokenHttpInterceptor(token))
-    beating = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    beating = HeartbeatSender(_heartbeat(client))
     beating.start()
     status, details = SubStatus.COMPLETED, ""
     context: Context | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import secrets
 import shutil
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pplr.config_files import load_config
-from pplr.errors import FederationError, WireError
+from pplr.errors import FederationError, ServerLostError, WireError
 from pplr.progress import Progress
+from pplr.runtimes.address import StageServerAt
 from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.certificates import openssh_key, write_private
 from pplr.runtimes.flower_settings import load_flower
@@ -25,7 +27,7 @@ from pplr.runtimes.identity import Kit, read_kit
 from pplr.runtimes.orders import run_token
 from pplr.runtimes.parcels import Parcel
 from pplr.runtimes.participant import Participant
-from pplr.storage import write_atomic
+from pplr.storage import write_atomic, write_json
 
 if TYPE_CHECKING:
     from flwr.app import Context
@@ -47,18 +49,31 @@ class OwnClient:
         folder: Of its state: a folder for each run, with its optimizer, its adapters and its best one.
         settings: What this client sets itself, over the run's configuration: where its data are above all.
         progress: Told of every step.
+        stage_server: Where the federation's stage server is, by this client's kit, for runs that use it.
     """
 
-    def __init__(self, name: str, folder: Path, settings: Sequence[str], progress: Progress) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        settings: Sequence[str],
+        progress: Progress,
+        stage_server: StageServerAt | None = None,
+    ) -> None:
         self._name, self._folder, self._settings, self._progress = name, folder, tuple(settings), progress
+        self._stage_server = stage_server
         self._token: str | None = None
         self._assembly: Assembly | None = None
         self._participant: Participant | None = None
 
     def __call__(self, context: Context, order: bytes) -> bytes:
-        """Answer an order."""
+        """Answer an order; where the stage server was lost on the way, the next one begins with new connections."""
         parcel = Parcel.unpack(order, whose="the server")
-        return self._participant_of(parcel).answer(parcel).pack()
+        try:
+            return self._participant_of(parcel).answer(parcel).pack()
+        except ServerLostError:
+            self.close()
+            raise
 
     def _participant_of(self, parcel: Parcel) -> Participant:
         """Make ready for the run that an order is of; one that is ready stays so.
@@ -75,25 +90,40 @@ class OwnClient:
         run = self._folder / token
         if isinstance(told, str):
             write_atomic(run / "config.yaml", told.encode())
+            write_json(run / "stage.json", {"hosted": parcel.told.get("hosted") is True})
         elif not (run / "config.yaml").exists():
             raise WireError(f"an order of a run {token} that this client never joined", cure="Start the run again.")
         self.close()
         config = load_config(run / "config.yaml", self._settings)
         self._progress.note(f"taking part in a run of {config.federation.method}; its state is in {run}")
-        self._assembly = Assembly(config, self._progress, own=self._name)
+        self._assembly = Assembly(config, self._progress, stage_server=self._stage_server_of(run), own=self._name)
         self._token = token
         self._participant = Participant(self._assembly, self._name, run / "state", run / "adapter", self._progress.note)
         return self._participant
 
+    def _stage_server_of(self, run: Path) -> StageServerAt | None:
+        """Say which server hosts the middle blocks in a run: its operator decides whether one does."""
+        if not json.loads((run / "stage.json").read_text(encoding="utf-8"))["hosted"]:
+            return None
+        if self._stage_server is None:
+            raise FederationError("this run has a stage server, and this client knows none", cure="Give its kit.")
+        return self._stage_server
+
     def close(self) -> None:
         """Let go of the model and the data."""
-        if self._assembly is not None:
-            self._assembly.close()
-        self._assembly = self._participant = self._token = None
+        assembly, self._assembly, self._participant, self._token = self._assembly, None, None, None
+        if assembly is not None:
+            assembly.close()
 
 
 def run_node(
-    kit: Path, server: str, folder: Path, settings: Sequence[str], progress: Progress, stopping: threading.Event
+    kit: Path,
+    server: str,
+    folder: Path,
+    settings: Sequence[str],
+    progress: Progress,
+    stopping: threading.Event,
+    stage_server: str | None = None,
 ) -> None:
     """Take part in the runs of a federation, until told to stop.
 
@@ -104,6 +134,7 @@ def run_node(
         settings: What this client sets itself.
         progress: Told of every step.
         stopping: Ends this.
+        stage_server: HOST:PORT of the federation's stage server; the kit's own when absent.
 
     Raises:
         IdentityError: The kit cannot be used.
@@ -113,7 +144,7 @@ def run_node(
     from pplr.runtimes import flower, flower_link
 
     own = read_kit(kit)
-    client = OwnClient(own.name, folder / "runs", settings, progress)
+    client = OwnClient(own.name, folder / "runs", settings, progress, StageServerAt(kit, stage_server))
     app = flower.make_client_app(client)
     try:
         until = time.monotonic() + _REJOIN_S

@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from pplr.backbones.adapters import AdapterState, adapter_sha256, natural_order
 from pplr.config import Config
-from pplr.errors import FederationError, PplrError, WireError
+from pplr.errors import FederationError, PplrError, ServerLostError, WireError
 from pplr.federation.decisions import Trained
 from pplr.federation.server import FederationServer
 from pplr.recommend.metrics import ranking_metrics
 from pplr.recommend.training import LocalResult
+from pplr.runtimes.middles import Middles
 from pplr.runtimes.parcels import Parcel
 from pplr.runtimes.participant import HELLO, TEST, TRAIN, VALIDATE
 from pplr.storage import sha256_bytes
@@ -39,10 +42,12 @@ class Start:
     Args:
         hashes: Of its initial adapter, its base model and its catalog.
         initial: What it exchanges, before any training.
+        hosted: Names of those tensors of it that are on a stage server.
     """
 
     hashes: tuple[str, str, str]
     initial: AdapterState
+    hosted: frozenset[str]
 
 
 def read_start(report: bytes, *, whose: str) -> Start:
@@ -57,7 +62,10 @@ def read_start(report: bytes, *, whose: str) -> Start:
     hashes = [str(parcel.told.get(key)) for key in _SHARED]
     if adapter_sha256(initial) != hashes[0] or not all(bool(own.isfinite().all()) for own in initial.values()):
         raise FederationError(f"{whose} tells another start than it sends", cure=_SAME)
-    return Start((hashes[0], hashes[1], hashes[2]), initial)
+    hosted = parcel.told.get("hosted", [])
+    if not isinstance(hosted, list) or not all(isinstance(name, str) and name in initial for name in hosted):
+        raise WireError(f"{whose} does not tell which tensors are on a stage server", cure=_SAME)
+    return Start((hashes[0], hashes[1], hashes[2]), initial, frozenset(hosted))
 
 
 def _unpack(report: bytes, kind: str, whose: str) -> Parcel:
@@ -82,9 +90,14 @@ def run_token(config_yaml: str) -> str:
     return sha256_bytes(config_yaml.encode())[:16]
 
 
-def greeting(config: Config) -> bytes:
-    """Order a client to say who it is and what it has, for a run of this configuration."""
-    return Parcel(HELLO, {"config": config.to_yaml()}).pack()
+def greeting(config: Config, *, hosted: bool = False) -> bytes:
+    """Order a client to say who it is and what it has, for a run of this configuration.
+
+    Args:
+        config: The run's configuration.
+        hosted: Whether the federation's stage server hosts the middle blocks of all clients.
+    """
+    return Parcel(HELLO, {"config": config.to_yaml(), "hosted": hosted}).pack()
 
 
 class OrderDesk:
@@ -98,12 +111,23 @@ class OrderDesk:
         model_sha256: The frozen base that every client must hold.
         catalog_sha256: The catalog that every client must have.
         note: Told of every report that is passed over, and why.
+        middles: The stage server's side of it, where there is one.
+        hosted: Names of the tensors of each client that are on the stage server, and so in no order and no report.
     """
 
     def __init__(
-        self, server: FederationServer, model_sha256: str, catalog_sha256: str, note: Callable[[str], None]
+        self,
+        server: FederationServer,
+        model_sha256: str,
+        catalog_sha256: str,
+        note: Callable[[str], None],
+        middles: Middles | None = None,
+        hosted: Mapping[str, frozenset[str]] | None = None,
     ) -> None:
         self.server = server
+        self._middles, self._hosted = middles, hosted or {}
+        if middles is None and any(self._hosted.values()):
+            raise FederationError("clients have middle blocks on a stage server, and this run has none", cure=_SAME)
         self._shared = dict(zip(_SHARED, (adapter_sha256(server.initial), model_sha256, catalog_sha256), strict=True))
         self._note = note
         self._run = run_token(server.config.to_yaml())
@@ -133,7 +157,7 @@ class OrderDesk:
     def training_orders(self) -> dict[str, bytes]:
         """Order the participants of the next round to train, each from its own adapter."""
         self._attempt = uuid.uuid4().hex
-        return {name: self._order(TRAIN, self.server.adapter_of(name)) for name in self.server.participants()}
+        return {name: self._order(TRAIN, name) for name in self.server.participants()}
 
     def take_training(self, reports: Mapping[str, bytes]) -> bool:
         """Mix what the participants trained.
@@ -154,10 +178,13 @@ class OrderDesk:
                 told = parcel.told
                 result = _result_of(told.get("result"), f"client {name}")
                 counts = {key: _count(told.get(key), key, name) for key in ("samples", *self._traffic)}
-            except WireError as error:
+                adapter = self._joined(name, parcel.tensors)
+            except ServerLostError:  # no fault of the client's: the run ends, and is resumed
+                raise
+            except PplrError as error:
                 self._note(str(error))
                 continue
-            trained[name] = Trained(dict(parcel.tensors), result, counts["samples"])
+            trained[name] = Trained(adapter, result, counts["samples"])
             for key, own in self._traffic.items():
                 own[name] = counts[key]
         try:
@@ -173,7 +200,7 @@ class OrderDesk:
 
     def validation_orders(self) -> dict[str, bytes]:
         """Order every client whose adapter changed to measure it."""
-        return {name: self._order(VALIDATE, self.server.adapter_of(name)) for name in self.server.changed()}
+        return {name: self._order(VALIDATE, name) for name in self.server.changed()}
 
     def take_validation(self, reports: Mapping[str, bytes]) -> dict[str, Any]:
         """Record and checkpoint the round; a client that did not measure counts as not improved.
@@ -228,9 +255,35 @@ class OrderDesk:
 
     # -- parts --------------------------------------------------------------------------------------------------
 
-    def _order(self, kind: str, adapter: AdapterState) -> bytes:
-        told = {"run": self._run, "server_round": self.server.next_round, "attempt": self._attempt}
-        return Parcel(kind, told, adapter).pack()
+    def _order(self, kind: str, name: str) -> bytes:
+        """Order a client to go on from its adapter: what is on a stage server is laid ready there, the rest is sent."""
+        told: dict[str, Any] = {
+            "run": self._run,
+            "server_round": self.server.next_round,
+            "attempt": self._attempt,
+        }
+        adapter, hosted = self.server.adapter_of(name), self._hosted.get(name, frozenset())
+        if self._middles is not None and hosted:
+            told["ready"] = f"{self._attempt}-{kind}"
+            self._middles.lay_ready(name, told["ready"], {key: adapter[key] for key in adapter if key in hosted})
+        return Parcel(kind, told, {key: own for key, own in adapter.items() if key not in hosted}).pack()
+
+    def _joined(self, name: str, sent: Mapping[str, Tensor]) -> AdapterState:
+        """Put what a client sent and what the stage server has of it together.
+
+        Raises:
+            ServerLostError: The stage server does not answer.
+            TransportError: It has nothing of this client.
+            WireError: The client sends what is on the stage server.
+        """
+        hosted = self._hosted.get(name, frozenset())
+        if self._middles is None or not hosted:
+            return dict(sent)
+        if twice := sorted(hosted & sent.keys()):
+            raise WireError(f"client {name} sends {twice[0]}, which is on the stage server", cure=_SAME)
+        middle = self._middles.read(name)
+        both = {**sent, **{key: own for key, own in middle.items() if key in hosted}}
+        return {key: both[key] for key in natural_order(both)}
 
     def _read(self, kind: str, reports: Mapping[str, bytes]) -> dict[str, Parcel]:
         """Read the reports that answer the order of this round and attempt."""

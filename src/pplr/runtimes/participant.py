@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from pplr.backbones.adapters import adapter_sha256, save_adapter
 from pplr.errors import FederationError, WireError
@@ -77,6 +75,7 @@ class Participant:
         initial = assembly.exchanged(assembly.initial)
         told = {
             "client": self.name,
+            "hosted": sorted(self._hosted),
             "initial_sha256": adapter_sha256(initial),
             "model_sha256": assembly.backbone.fingerprint(),
             "catalog_sha256": assembly.data.dataset.catalog.sha256,
@@ -88,9 +87,9 @@ class Participant:
         client = self._client_at(2 * server_round)
         crossed = client.traffic
         self._enter(client, server_round)
-        client.set_adapter(self._fitting(order.tensors))
+        self._take(client, order)
         result = client.train(server_round, self._config, self._assembly.method, lambda _: None)
-        exchanged = self._assembly.exchanged(client.model.adapter())
+        exchanged = self._assembly.exchanged(client.model.own_adapter() if self._hosted else client.model.adapter())
         self._keep(client, 2 * server_round)
         told = self._answering(order, client, crossed) | {"result": asdict(result), "samples": len(client.encoded)}
         return Parcel(TRAIN, told, exchanged)
@@ -100,7 +99,7 @@ class Participant:
         client = self._client_at(2 * server_round + 1)
         crossed = client.traffic
         self._enter(client, server_round)
-        client.set_adapter(self._fitting(order.tensors))
+        self._take(client, order)
         measured, improved = client.validate(server_round, self._config.evaluation.validation_metric)
         self._keep(client, 2 * server_round + 1, improved=improved)
         told = self._answering(order, client, crossed) | {"measured": dict(measured), "improved": improved}
@@ -146,16 +145,35 @@ class Participant:
                 client.serving.set_adapter(checkpoint.tensors(f"best-{self.name}"))
         self._phase = kept
 
-    def _fitting(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Refuse tensors that this client does not exchange."""
-        known = self._assembly.exchanged(self._assembly.initial)
-        if unknown := sorted(set(tensors) - set(known)):
+    @property
+    def _hosted(self) -> frozenset[str]:
+        """Tensors on a stage server: they are mixed there, and are in no parcel."""
+        return self._assembly.model_of(self.name).hosted_elsewhere
+
+    def _take(self, client: FederatedClient, order: Parcel) -> None:
+        """Go on with the adapter of an order: what is laid ready on the stage server, if there is one, and the rest.
+
+        Raises:
+            FederationError: The order has tensors that this client does not exchange, or does not say what is ready.
+            TransportError: Nothing is laid ready under its label: the order is over.
+        """
+        label = order.told.get("ready")
+        if bool(self._hosted) != isinstance(label, str):
+            raise FederationError(
+                f"client {self.name} {'has' if self._hosted else 'has not'} its middle blocks on a stage server, and "
+                "is ordered as if it were the other way",
+                cure=_SAME,
+            )
+        known = self._assembly.exchanged(self._assembly.initial).keys() - self._hosted
+        if unknown := sorted(order.tensors.keys() - known):
             raise FederationError(
                 f"client {self.name} is ordered to take {len(unknown)} tensors that it does not exchange, first "
                 f"{unknown[0]}",
                 cure="Use the same configuration on both sides.",
             )
-        return tensors
+        if isinstance(label, str):
+            client.model.take_adapter(label)
+        client.set_adapter(order.tensors)
 
     def _client_at(self, number: int | None) -> FederatedClient:
         """Bring the client to its newest state before a number; to its newest of all when that is absent."""

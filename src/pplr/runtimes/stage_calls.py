@@ -64,6 +64,7 @@ class SessionCalls:
             "RestoreOptimizer": (pb.TensorsRequest, self._restore_optimizer),
             "Save": (pb.SimpleRequest, self._save),
             "Restore": (pb.SimpleRequest, self._restore),
+            "TakeAdapter": (pb.TakeRequest, self._take_adapter),
             "Leave": (pb.SimpleRequest, self._leave),
         }
 
@@ -278,6 +279,10 @@ class SessionCalls:
         _write_adapter(session, request.tensors, self._limits.max_message_bytes)
         return pb.Done()
 
+    def _take_adapter(self, session: Session, request: Any) -> Any:
+        self._tenancies.take(session, request.label)
+        return pb.Done()
+
     def _optimizer_state(self, session: Session, request: Any) -> Any:
         return pb.TensorsReply(tensors=codec.encode_tensors(session.host.optimizer_state(session.name)))
 
@@ -315,6 +320,7 @@ class OperatorCalls:
             "Tenancies": (pb.TenancyRequest, self._list),
             "ReadAdapter": (pb.TenancyRequest, self._read),
             "WriteAdapter": (pb.TenancyRequest, self._write),
+            "OfferAdapter": (pb.TenancyRequest, self._offer),
             "SaveTenancy": (pb.TenancyRequest, self._save),
             "RestoreTenancy": (pb.TenancyRequest, self._restore),
             "DismissTenancy": (pb.TenancyRequest, self._dismiss),
@@ -355,6 +361,13 @@ class OperatorCalls:
 
     def _write(self, request: Any) -> Any:
         _write_adapter(self._of(request), request.tensors, self._tenancies.limits.max_message_bytes)
+        return pb.Done()
+
+    def _offer(self, request: Any) -> Any:
+        whose = f"what is laid ready for {request.client}/{request.tenant}"
+        most = self._tenancies.limits.max_message_bytes
+        tensors = codec.decode_tensors(request.tensors, None, whose=whose, max_bytes=most, max_norm=None)
+        self._tenancies.offer(Owner(request.client, request.tenant), request.label, tensors, self._now())
         return pb.Done()
 
     def _save(self, request: Any) -> Any:

@@ -250,6 +250,10 @@ class GrpcTransport:
         """Write the middle adapter, or some of its tensors."""
         self._write("SetAdapter", state)
 
+    def take_adapter(self, label: str) -> None:
+        """Have the middle adapter become the one that the server's operator has laid ready under a label."""
+        self._exchange("TakeAdapter", pb.TakeRequest(header=self._header(), label=label), pb.Done)
+
     def optimizer_state(self) -> dict[str, Tensor]:
         """Read the middle optimizer's state."""
         return self._read("OptimizerState", "the middle optimizer's state")

@@ -53,8 +53,10 @@ class StageOperator:
     def __init__(self, channel: StageChannel) -> None:
         self._channel = channel
 
-    def _call(self, name: str, kind: Any, client: str = "", tenant: str = "", tensors: Any = None) -> Any:
-        request = pb.TenancyRequest(client=client, tenant=tenant, tensors=tensors)
+    def _call(
+        self, name: str, kind: Any, client: str = "", tenant: str = "", tensors: Any = None, label: str = ""
+    ) -> Any:
+        request = pb.TenancyRequest(client=client, tenant=tenant, tensors=tensors, label=label)
         return self._channel.call(name, request, kind, max_bytes=_MAX_REPLY)
 
     def hosted(self) -> list[Hosted]:
@@ -76,6 +78,10 @@ class StageOperator:
     def set_adapter(self, client: str, tenant: str, state: Mapping[str, Tensor]) -> None:
         """Write a middle adapter, or some of its tensors."""
         self._call("WriteAdapter", pb.Done, client, tenant, codec.encode_tensors(state))
+
+    def offer(self, client: str, tenant: str, label: str, state: Mapping[str, Tensor]) -> None:
+        """Lay a whole middle adapter ready under a label, until its owner takes it; what is laid there is replaced."""
+        self._call("OfferAdapter", pb.Done, client, tenant, codec.encode_tensors(state), label)
 
     def save(self, client: str, tenant: str) -> None:
         """Have an adapter and its optimizer written to the server's disk."""

@@ -241,15 +241,25 @@ class TensorsReply(_message.Message):
     tensors: Tensors
     def __init__(self, tensors: _Optional[_Union[Tensors, _Mapping]] = ...) -> None: ...
 
+class TakeRequest(_message.Message):
+    __slots__ = ("header", "label")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    header: Header
+    label: str
+    def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., label: _Optional[str] = ...) -> None: ...
+
 class TenancyRequest(_message.Message):
-    __slots__ = ("client", "tenant", "tensors")
+    __slots__ = ("client", "tenant", "tensors", "label")
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
     client: str
     tenant: str
     tensors: Tensors
-    def __init__(self, client: _Optional[str] = ..., tenant: _Optional[str] = ..., tensors: _Optional[_Union[Tensors, _Mapping]] = ...) -> None: ...
+    label: str
+    def __init__(self, client: _Optional[str] = ..., tenant: _Optional[str] = ..., tensors: _Optional[_Union[Tensors, _Mapping]] = ..., label: _Optional[str] = ...) -> None: ...
 
 class Tenancy(_message.Message):
     __slots__ = ("client", "tenant", "input_layers", "output_layers", "rank", "steps", "in_memory", "on_disk", "idle_s")

@@ -100,6 +100,21 @@ class Settings:
         }
 
 
+@dataclass(frozen=True)
+class Offer:
+    """An adapter that an operator has laid ready for a tenancy, until its owner takes it or a newer one is laid there.
+
+    Args:
+        label: By which its owner asks for it.
+        tensors: All tensors of a middle adapter.
+        at: When it was laid there, in seconds of the server's clock.
+    """
+
+    label: str
+    tensors: Mapping[str, Tensor]
+    at: float
+
+
 @dataclass
 class CacheState:
     """What an open cache holds: tokens with padding, and real ones of each row."""
@@ -171,6 +186,7 @@ class Tenancies:
         self.backbone, self.base, self.limits, self.store = backbone, base_sha256, limits, store
         self._hosts: dict[Settings, StageHost] = {}
         self._sessions: dict[Owner, Session] = {}
+        self._offers: dict[Owner, Offer] = {}
 
     def all(self) -> list[Session]:
         """List every tenancy by its newest session; needs no turn."""
@@ -318,6 +334,29 @@ class Tenancies:
             )
         _put_back(session, saved.tensors)
 
+    def offer(self, owner: Owner, label: str, tensors: Mapping[str, Tensor], now: float) -> None:
+        """Lay an adapter ready for a tenancy, which need not be in memory; one that was laid there before is over.
+
+        A tenancy that is being trained stays as it is, so what is laid ready never meets half a round.
+        """
+        self._offers[owner] = Offer(label, tensors, now)
+
+    def take(self, session: Session, label: str) -> None:
+        """Put what was laid ready under a label into its owner's tenancy; it stays there, for the case of a retry.
+
+        Raises:
+            TransportError: Nothing is laid ready for this tenancy under this label.
+            AdapterError: It does not fit this tenancy's cut, or is not finite.
+        """
+        offer = self._offers.get(session.owner)
+        if offer is None or offer.label != label:
+            raise TransportError(
+                f"no adapter is laid ready for {session.owner} under {label[:64]!r}",
+                cure="This order is over, or the server was started anew: wait for the next one.",
+            )
+        check_adapter(offer.tensors, session.host.stage.shapes, whose=f"what is laid ready for {session.owner}")
+        session.host.set_adapter(session.name, offer.tensors)
+
     def _need_store(self) -> StateStore:
         if self.store is None:
             raise TransportError("this server keeps no state on disk", cure="Start it with --state DIR.")
@@ -330,6 +369,7 @@ class Tenancies:
             What could not be saved and so was kept, a line each.
         """
         troubles = []
+        self._offers = {owner: own for owner, own in self._offers.items() if now - own.at <= self.limits.idle_ttl_s}
         for session in self.all():
             idle = now - session.used
             if idle > self.limits.cache_ttl_s and (session.kept or session.caches):

@@ -20,14 +20,14 @@ from pplr.backbones.adapters import (
 )
 from pplr.backbones.base import Backbone, Batch
 from pplr.config import AdapterConfig, TrainingConfig
-from pplr.errors import CheckpointError
+from pplr.errors import CheckpointError, TransportError
 from pplr.seeds import derive_seed
 from pplr.stages.boundary import Crossing
 from pplr.stages.cut import CutPlan
 from pplr.stages.host import StageHost
 from pplr.stages.optimizer import LocalObjective
 from pplr.stages.stage import Member, Stage, StageCall
-from pplr.stages.transport import LocalTransport, Traffic, Transport
+from pplr.stages.transport import LocalTransport, TakingTransport, Traffic, Transport
 
 __all__ = ["ClientModel", "CutModel", "GenerationCache"]
 
@@ -70,6 +70,11 @@ class CutModel:
         """Shape of every trained tensor of all stages, in natural order."""
         found = self.input.shapes | self.output.shapes | self._middle_shapes
         return {name: found[name] for name in natural_order(found)}
+
+    @property
+    def hosted_elsewhere(self) -> frozenset[str]:
+        """Names of the tensors that another process hosts."""
+        return frozenset(self._middle_shapes) if self._connect is not None else frozenset()
 
     def initial_adapter(self, seed: int) -> AdapterState:
         """Draw the one adapter that every client starts from; the same for every cut."""
@@ -285,10 +290,29 @@ class ClientModel:
 
     def adapter(self) -> AdapterState:
         """Return the LoRA tensors of all stages in natural order, without copying those of this process."""
-        state = {name: tensor for member in self._members for name, tensor in member.adapter().items()}
+        state = self.own_adapter()
         if self.transport is not None:
             state |= self.transport.adapter()
         return {name: state[name] for name in natural_order(state)}
+
+    def own_adapter(self) -> AdapterState:
+        """Return the tensors of this process's own stages alone, in natural order, without copying."""
+        state = {name: tensor for member in self._members for name, tensor in member.adapter().items()}
+        return {name: state[name] for name in natural_order(state)}
+
+    def take_adapter(self, label: str) -> None:
+        """Have the middle adapter become the one that was laid ready for it on the server under a label.
+
+        Raises:
+            TransportError: Nothing is laid ready there, or the middle stage is not on a server.
+        """
+        if not isinstance(self.transport, TakingTransport):
+            raise TransportError(
+                "this client's middle blocks are on no stage server",
+                cure="Use the same configuration and the same stage server on both sides.",
+            )
+        self.transport.take_adapter(label)
+        self._constants_are_old = bool(self.backbone.constant)
 
     def set_adapter(self, state: Mapping[str, Tensor]) -> None:
         """Copy LoRA tensors into all stages, or into none.

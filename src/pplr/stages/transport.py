@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from pplr.stages.host import StageHost
 from pplr.stages.optimizer import LocalObjective
 from pplr.stages.stage import StageCall
 
-__all__ = ["LocalTransport", "Traffic", "Transport"]
+__all__ = ["LocalTransport", "TakingTransport", "Traffic", "Transport"]
 
 
 @dataclass
@@ -89,6 +89,14 @@ class Transport(Protocol):
 
     def leave(self) -> None:
         """Let go of everything that the other side holds in memory for this client; nothing can be asked after it."""
+
+
+@runtime_checkable
+class TakingTransport(Transport, Protocol):
+    """A transport to a server on which somebody else mixes the middle adapters."""
+
+    def take_adapter(self, label: str) -> None:
+        """Have the middle adapter become the one that was laid ready under a label."""
 
 
 class LocalTransport:
