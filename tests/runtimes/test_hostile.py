@@ -632,10 +632,10 @@ for shown, tenant in {
 }.items():  # fmt: skip
     case(f"a tenancy named by {shown}", WRONG, lambda w, tenant=tenant: w.hello(tenant))
 
-# What an operator lays ready.
+# What an operator offers.
 for shown, label in {"nothing": "", "a guess": "0" * 32, "many letters": "a" * 10**4}.items():
     case(
-        f"taking what is laid ready under {shown}",
+        f"taking what is offered under {shown}",
         S.FAILED_PRECONDITION,
         lambda w, label=label: w.send("TakeAdapter", pb.TakeRequest(header=w.head(), label=label)),
     )

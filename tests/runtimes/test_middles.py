@@ -159,7 +159,7 @@ def test_an_order_that_is_over_trains_nothing(parties) -> None:
     found = parties()
     late = found.desk.training_orders()["1"]
     newest = found.desk.training_orders()["1"]
-    with refuses(TransportError, "no adapter is laid ready for 1/1"):
+    with refuses(TransportError, "no adapter is offered to 1/1"):
         found.answer("1", late)
     assert found.answer("1", newest) is not None  # the positive control
 
@@ -167,7 +167,7 @@ def test_an_order_that_is_over_trains_nothing(parties) -> None:
 def test_nobody_takes_what_is_laid_ready_for_another(parties, federation: Path) -> None:
     found = parties()
     found.participants["1"]._client_at(None)
-    found.side.lay_ready("1", "for one", {name: own + 1 for name, own in found.side.read("1").items()})
+    found.side.offer("1", "for one", {name: own + 1 for name, own in found.side.read("1").items()})
 
     def transport(kit: str, tenant: str) -> GrpcTransport:
         channel = StageChannel(found.place, read_kit(federation / kit), patience_s=0.0)
@@ -180,7 +180,7 @@ def test_nobody_takes_what_is_laid_ready_for_another(parties, federation: Path) 
     for kit, tenant in (("0", "0"), ("0", "1"), ("1", "other")):
         before = transport(kit, tenant)
         held = {name: own.clone() for name, own in before.adapter().items()}
-        with refuses(TransportError, "no adapter is laid ready"):
+        with refuses(TransportError, "no adapter is offered"):
             before.take_adapter("for one")
         assert same_state(before.adapter(), held)
     own = transport("1", "1")
@@ -202,12 +202,12 @@ def test_what_is_laid_ready_and_does_not_fit_changes_nothing(parties, federation
     else:
         bad[first] = torch.ones(7) if spoil == "another shape" else torch.full_like(good[first], float("nan"))
 
-    def lay_and_take() -> None:
+    def offer_and_take() -> None:
         operator.offer("1", "1", "here", bad)  # NaN is refused when it arrives, the rest when it is taken
         model.take_adapter("here")
 
-    with pytest.raises(PplrError, match=r"laid ready for 1/1"):
-        lay_and_take()
+    with pytest.raises(PplrError, match=r"offered to 1/1"):
+        offer_and_take()
     assert same_state(operator.adapter("1", "1"), good)
 
 

@@ -1,4 +1,4 @@
-"""Middle adapters that stay on a stage server: read there once a client has trained, laid ready there once mixed."""
+"""Middle adapters that stay on a stage server: read there once a client has trained, offered there once mixed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Middles(Protocol):
             TransportError: There is none of this client.
         """
 
-    def lay_ready(self, client: str, label: str, adapter: Mapping[str, Tensor]) -> None:
+    def offer(self, client: str, label: str, adapter: Mapping[str, Tensor]) -> None:
         """Lay a middle adapter ready, which the client takes by its label."""
 
 
@@ -57,7 +57,7 @@ class StageMiddles:
         """Read a client's middle adapter as it is now."""
         return self._operator.adapter(client, client)
 
-    def lay_ready(self, client: str, label: str, adapter: Mapping[str, Tensor]) -> None:
+    def offer(self, client: str, label: str, adapter: Mapping[str, Tensor]) -> None:
         """Lay a middle adapter ready, which the client takes by its label."""
         self._operator.offer(client, client, label, adapter)
 

@@ -256,7 +256,7 @@ class OrderDesk:
     # -- parts --------------------------------------------------------------------------------------------------
 
     def _order(self, kind: str, name: str) -> bytes:
-        """Order a client to go on from its adapter: what is on a stage server is laid ready there, the rest is sent."""
+        """Order a client to go on from its adapter: what is on a stage server is offered there, the rest is sent."""
         told: dict[str, Any] = {
             "run": self._run,
             "server_round": self.server.next_round,
@@ -264,8 +264,8 @@ class OrderDesk:
         }
         adapter, hosted = self.server.adapter_of(name), self._hosted.get(name, frozenset())
         if self._middles is not None and hosted:
-            told["ready"] = f"{self._attempt}-{kind}"
-            self._middles.lay_ready(name, told["ready"], {key: adapter[key] for key in adapter if key in hosted})
+            told["offer"] = f"{self._attempt}-{kind}"
+            self._middles.offer(name, told["offer"], {key: adapter[key] for key in adapter if key in hosted})
         return Parcel(kind, told, {key: own for key, own in adapter.items() if key not in hosted}).pack()
 
     def _joined(self, name: str, sent: Mapping[str, Tensor]) -> AdapterState:

@@ -151,13 +151,13 @@ class Participant:
         return self._assembly.model_of(self.name).hosted_elsewhere
 
     def _take(self, client: FederatedClient, order: Parcel) -> None:
-        """Go on with the adapter of an order: what is laid ready on the stage server, if there is one, and the rest.
+        """Go on with the adapter of an order: what is offered on the stage server, if there is one, and the rest.
 
         Raises:
             FederationError: The order has tensors that this client does not exchange, or does not say what is ready.
-            TransportError: Nothing is laid ready under its label: the order is over.
+            TransportError: Nothing is offered under its label: the order is over.
         """
-        label = order.told.get("ready")
+        label = order.told.get("offer")
         if bool(self._hosted) != isinstance(label, str):
             raise FederationError(
                 f"client {self.name} {'has' if self._hosted else 'has not'} its middle blocks on a stage server, and "

@@ -364,7 +364,7 @@ class OperatorCalls:
         return pb.Done()
 
     def _offer(self, request: Any) -> Any:
-        whose = f"what is laid ready for {request.client}/{request.tenant}"
+        whose = f"what is offered to {request.client}/{request.tenant}"
         most = self._tenancies.limits.max_message_bytes
         tensors = codec.decode_tensors(request.tensors, None, whose=whose, max_bytes=most, max_norm=None)
         self._tenancies.offer(Owner(request.client, request.tenant), request.label, tensors, self._now())

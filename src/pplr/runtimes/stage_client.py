@@ -251,7 +251,7 @@ class GrpcTransport:
         self._write("SetAdapter", state)
 
     def take_adapter(self, label: str) -> None:
-        """Have the middle adapter become the one that the server's operator has laid ready under a label."""
+        """Have the middle adapter become the one that the server's operator offers under a label."""
         self._exchange("TakeAdapter", pb.TakeRequest(header=self._header(), label=label), pb.Done)
 
     def optimizer_state(self) -> dict[str, Tensor]:

@@ -80,7 +80,7 @@ class StageOperator:
         self._call("WriteAdapter", pb.Done, client, tenant, codec.encode_tensors(state))
 
     def offer(self, client: str, tenant: str, label: str, state: Mapping[str, Tensor]) -> None:
-        """Lay a whole middle adapter ready under a label, until its owner takes it; what is laid there is replaced."""
+        """Offer a whole middle adapter under a label; what was offered to this tenancy before is over."""
         self._call("OfferAdapter", pb.Done, client, tenant, codec.encode_tensors(state), label)
 
     def save(self, client: str, tenant: str) -> None:

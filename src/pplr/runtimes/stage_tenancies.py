@@ -29,6 +29,7 @@ from pplr.stages.host import StageHost
 __all__ = [
     "CacheState",
     "LimitError",
+    "Offer",
     "ServerLimits",
     "Session",
     "Settings",
@@ -102,12 +103,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Offer:
-    """An adapter that an operator has laid ready for a tenancy, until its owner takes it or a newer one is laid there.
+    """An adapter that an operator offers a tenancy, until a newer one takes its place.
 
     Args:
         label: By which its owner asks for it.
         tensors: All tensors of a middle adapter.
-        at: When it was laid there, in seconds of the server's clock.
+        at: When it was offered, in seconds of the server's clock.
     """
 
     label: str
@@ -335,26 +336,26 @@ class Tenancies:
         _put_back(session, saved.tensors)
 
     def offer(self, owner: Owner, label: str, tensors: Mapping[str, Tensor], now: float) -> None:
-        """Lay an adapter ready for a tenancy, which need not be in memory; one that was laid there before is over.
+        """Offer an adapter to a tenancy, which need not be in memory; what was offered to it before is over.
 
-        A tenancy that is being trained stays as it is, so what is laid ready never meets half a round.
+        A tenancy that is being trained stays as it is, so what is mixed never meets half a round.
         """
         self._offers[owner] = Offer(label, tensors, now)
 
     def take(self, session: Session, label: str) -> None:
-        """Put what was laid ready under a label into its owner's tenancy; it stays there, for the case of a retry.
+        """Put what is offered under a label into its owner's tenancy; the offer stays, for the case of a retry.
 
         Raises:
-            TransportError: Nothing is laid ready for this tenancy under this label.
+            TransportError: Nothing is offered to this tenancy under this label.
             AdapterError: It does not fit this tenancy's cut, or is not finite.
         """
         offer = self._offers.get(session.owner)
         if offer is None or offer.label != label:
             raise TransportError(
-                f"no adapter is laid ready for {session.owner} under {label[:64]!r}",
+                f"no adapter is offered to {session.owner} under {label[:64]!r}",
                 cure="This order is over, or the server was started anew: wait for the next one.",
             )
-        check_adapter(offer.tensors, session.host.stage.shapes, whose=f"what is laid ready for {session.owner}")
+        check_adapter(offer.tensors, session.host.stage.shapes, whose=f"what is offered to {session.owner}")
         session.host.set_adapter(session.name, offer.tensors)
 
     def _need_store(self) -> StateStore:

@@ -301,10 +301,10 @@ class ClientModel:
         return {name: state[name] for name in natural_order(state)}
 
     def take_adapter(self, label: str) -> None:
-        """Have the middle adapter become the one that was laid ready for it on the server under a label.
+        """Have the middle adapter become the one that is offered on the server under a label.
 
         Raises:
-            TransportError: Nothing is laid ready there, or the middle stage is not on a server.
+            TransportError: Nothing is offered there, or the middle stage is not on a server.
         """
         if not isinstance(self.transport, TakingTransport):
             raise TransportError(

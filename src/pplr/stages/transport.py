@@ -96,7 +96,7 @@ class TakingTransport(Transport, Protocol):
     """A transport to a server on which somebody else mixes the middle adapters."""
 
     def take_adapter(self, label: str) -> None:
-        """Have the middle adapter become the one that was laid ready under a label."""
+        """Have the middle adapter become the one that is offered under a label."""
 
 
 class LocalTransport:
