@@ -10,6 +10,7 @@ BACKBONE ?= item_vectors
 QUICKSTART := configs/quickstart$(if $(filter-out item_vectors,$(BACKBONE)),_$(BACKBONE)).yaml
 USER_ID ?= 50
 FUZZ_MESSAGES ?= 1000000
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench fuzz clean
@@ -35,7 +36,7 @@ check: $(VENV)/.installed ## Lint, types, layers, tests and doctests.
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest --quiet
+	$(BIN)/pytest --quiet --numprocesses $(WORKERS) --dist loadfile
 
 bench: $(VENV)/.installed ## Measure speed and memory side by side, and write benchmarks/results.
 	$(BIN)/python -m benchmarks

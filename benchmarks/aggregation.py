@@ -2,7 +2,8 @@
 
 The adapters are random numbers in the shapes of SmolLM2-135M's LoRA of rank 8 on the query and value projections. Each
 number of clients is measured in a process of its own; the plain loops, the formula written out client by client in
-memory, run with few clients and with the same bits of input.
+memory, run with few clients and with the same bits of input. A whole round of a federation's server is measured beside
+it: every report is checked and written as it comes, then all are mixed, then the round is checkpointed.
 
     python -m benchmarks.aggregation [--clients 10 100 1000] [--method pplr]
 """
@@ -25,10 +26,14 @@ from torch import Tensor
 
 from benchmarks.measuring import at_least, at_most, use_all_cores, write_result
 from pplr.backbones.adapters import PEFT_PREFIX, AdapterState
-from pplr.config import FederationConfig
+from pplr.config import Config, FederationConfig
 from pplr.federation.aggregation import mix_on_disk
+from pplr.federation.checkpoints import CheckpointStore
+from pplr.federation.decisions import Trained
 from pplr.federation.methods import RoundView, make_method
+from pplr.federation.server import FederationServer
 from pplr.federation.stacks import StoredAdapters
+from pplr.recommend.training import LocalResult
 from pplr.runtimes.memory import peak_rss_bytes
 
 RANK, LAYERS, WIDTH, VALUES = 8, 30, 576, 192
@@ -80,6 +85,40 @@ def measure(clients: int, method: str, folder: Path) -> dict[str, float]:
         "weighing": weighed - started,
         "mixing": ended - weighed,
         "total": ended - started,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "before_rss_bytes": before,
+    }
+
+
+def measure_server(clients: int, method: str, folder: Path) -> dict[str, float]:
+    """Carry out one round of a federation's server in this process, whose clients' reports are drawn here."""
+    use_all_cores()
+    federation = FederationConfig(method=method, clients=clients, rounds=1)
+    names = [f"{number:06d}" for number in range(clients)]
+    store = CheckpointStore(folder / "checkpoints", keep=1, warn=print)
+    initial = {name: torch.zeros(shape) for name, shape in shapes().items()}
+    config = Config(federation=federation)
+    server = FederationServer(config, make_method(federation), names, initial, store, print)
+    losses = np.random.default_rng(0).normal(3.0, 0.1, clients).tolist()
+    before = peak_rss_bytes()
+    server.begin()
+    taking = 0.0
+    for number, name in enumerate(names):
+        result = LocalResult(samples=1, steps=1, tokens=1, targets=1, loss=losses[number], seconds=0.0)
+        trained = Trained(result, 1, draw(number))
+        started = time.perf_counter()
+        server.take(name, trained)
+        taking += time.perf_counter() - started
+    started = time.perf_counter()
+    server.mix()
+    mixed = time.perf_counter()
+    server.finish({name: {"loss": 1.0} for name in names}, names, {})
+    ended = time.perf_counter()
+    return {
+        "taking": taking,
+        "mixing": mixed - started,
+        "checkpoint": ended - mixed,
+        "total": taking + ended - started,
         "peak_rss_bytes": peak_rss_bytes(),
         "before_rss_bytes": before,
     }
@@ -158,15 +197,16 @@ def against_flower(clients: int, folder: Path) -> dict[str, float]:
     return {"seconds": seconds, "largest_difference": worst}
 
 
-def in_a_process(clients: int, method: str, *, flower: bool = False) -> dict[str, float]:
-    """Draw the adapters, then measure pplr or Flower in a process that does nothing else."""
+def in_a_process(clients: int, method: str, what: str = "mixing") -> dict[str, float]:
+    """Draw the adapters, then measure the mixing, Flower or a server's round in a process that does nothing else."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        stack = StoredAdapters.create(folder / "before", shapes(), clients)
-        for client in range(clients):
-            stack.put(client, draw(client))
+        if what != "server":
+            stack = StoredAdapters.create(folder / "before", shapes(), clients)
+            for client in range(clients):
+                stack.put(client, draw(client))
         command = [sys.executable, "-m", "benchmarks.aggregation", "--measure", str(clients), name, "--method", method]
-        command += ["--flower"] if flower else []
+        command += ["--what", what]
         told = subprocess.run(command, check=True, capture_output=True, text=True)
         measured: dict[str, float] = json.loads(told.stdout)
         return measured
@@ -178,11 +218,15 @@ def main() -> None:
     parser.add_argument("--clients", nargs="+", type=int, default=[10, 100, 1000])
     parser.add_argument("--method", default="pplr")
     parser.add_argument("--measure", nargs=2, metavar=("CLIENTS", "FOLDER"), help=argparse.SUPPRESS)
-    parser.add_argument("--flower", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--what", choices=("mixing", "flower", "server"), default="mixing", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         clients, folder = int(arguments.measure[0]), Path(arguments.measure[1])
-        told = against_flower(clients, folder) if arguments.flower else measure(clients, arguments.method, folder)
+        if arguments.what == "flower":
+            told = against_flower(clients, folder)
+        else:
+            measured_by = measure if arguments.what == "mixing" else measure_server
+            told = measured_by(clients, arguments.method, folder)
         print(json.dumps(told))
         return
     with tempfile.TemporaryDirectory() as name:
@@ -203,16 +247,30 @@ def main() -> None:
             rows.append(at_most(f"seconds of {clients} clients", f"{SECONDS:.0f} s", measured["total"] / SECONDS, 1.0))
             peak = measured["peak_rss_bytes"] / BYTES
             rows.append(at_most(f"peak memory of {clients} clients", f"{BYTES / 1e9:.0f} GB", peak, 1.0))
+    served: dict[str, Any] = {}
+    for clients in arguments.clients:
+        measured = in_a_process(clients, arguments.method, "server")
+        served[str(clients)] = measured
+        notes.append(
+            f"a server's round of {clients} clients: {measured['total']:.2f} s (checking and writing reports "
+            f"{measured['taking']:.2f} s, mixing {measured['mixing']:.2f} s, checkpoint with each client's best "
+            f"{measured['checkpoint']:.2f} s), peak {measured['peak_rss_bytes'] / 1e6:.0f} MB"
+        )
+        if clients == 1000:
+            peak = measured["peak_rss_bytes"] / BYTES
+            rows.append(
+                at_most(f"peak memory of a server's round, {clients} clients", f"{BYTES / 1e9:.0f} GB", peak, 1.0)
+            )
     flower: dict[str, Any] = {}
     for clients in [clients for clients in arguments.clients if clients <= IN_MEMORY]:
-        own, theirs = in_a_process(clients, "fedavg"), in_a_process(clients, "fedavg", flower=True)
+        own, theirs = in_a_process(clients, "fedavg"), in_a_process(clients, "fedavg", "flower")
         flower[str(clients)] = theirs | {"fedavg_here_seconds": own["total"]}
         notes.append(
             f"FedAvg of {clients} clients: Flower's {theirs['seconds']:.2f} s for one average in memory, fedavg here "
             f"{own['total']:.2f} s, in which {clients} adapters are read from disk and {clients} are written; numbers "
             f"differ by {theirs['largest_difference']:.1e} at most"
         )
-    write_result("aggregation", {"flower": flower, "rows": rows, "notes": notes, "curve": curve})
+    write_result("aggregation", {"flower": flower, "rows": rows, "notes": notes, "curve": curve, "server": served})
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ def test_a_cut_that_does_not_fit_writes_nothing(model_folder, tmp_path, argument
     assert not (tmp_path / "cut").exists()
 
 
-def test_plan_says_which_cuts_fit(model_folder) -> None:
+def test_plan_says_which_cuts_fit(model_folder, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow table is printed in parts
     told = run("plan", str(model_folder), "--storage", "1GB", "--samples", "2", "--tokens", "20", "--dtype", "float32")
     assert told.exit_code == 0, told.output
     rows = [line.split() for line in told.output.splitlines() if line[:6].strip().isdigit()]

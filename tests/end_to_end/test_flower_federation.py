@@ -157,7 +157,7 @@ def test_three_machines_give_the_run_of_one_process(place: Place, tmp_path: Path
     assert metrics["clients"] == here.metrics["clients"]
     assert metrics["overall"] == pytest.approx(here.metrics["overall"], abs=1e-12)
     for name in place.names:
-        (adapter,) = (tmp_path / f"client-{name}" / "runs").glob("*/adapter")
+        (adapter,) = (tmp_path / f"client-{name}" / "runs").glob(f"*/clients/{name}")
         assert same_state(load_adapter(adapter), load_adapter(here.folder / "clients" / name))
 
 
@@ -189,8 +189,18 @@ def test_the_middle_blocks_stay_on_the_stage_server(place: Place, tmp_path: Path
     assert done.returncode == 0, done.stdout + done.stderr + "".join(map(place.log, place.processes))
     assert records(tmp_path / "there") == records(here.folder)
     for name in place.names:
-        (adapter,) = (tmp_path / f"client-{name}" / "runs").glob("*/adapter")
+        (adapter,) = (tmp_path / f"client-{name}" / "runs").glob(f"*/clients/{name}")
         assert same_state(load_adapter(adapter), load_adapter(here.folder / "clients" / name))
+    (own,) = (tmp_path / "client-1" / "runs").glob("*")
+    for ask in (("evaluate",), ("recommend", "--history", "Ash; Elm")):
+        verb, *more = ask
+        place.start(verb, verb, str(own), *more, "--kit", str(tmp_path / "kits" / "1"), *at_stage)
+        assert place.processes.pop(verb).wait(LIMIT_S) == 0, place.log(verb)
+    assert json.loads((own / "metrics.json").read_text())["clients"]["1"] == here.metrics["clients"]["1"]
+    best = here.recommend("1", history=["Ash", "Elm"])[0]
+    assert next(line for line in place.log("recommend").splitlines() if line.strip().startswith("1 ")).split()[1] == (
+        best.title
+    )
 
 
 def test_a_node_that_is_killed_is_left_out_and_comes_back_with_its_own_adapter(place: Place, tmp_path: Path) -> None:

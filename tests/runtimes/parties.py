@@ -52,9 +52,9 @@ class Parties:
     def answer(self, name: str, order: bytes) -> bytes | None:
         return self.participants[name].answer(Parcel.unpack(order, whose="the server")).pack()
 
-    def send(self, orders: Mapping[str, bytes], answer: Answer | None = None) -> dict[str, bytes]:
-        replies = {name: (answer or self.answer)(name, order) for name, order in orders.items()}
-        return {name: reply for name, reply in replies.items() if reply is not None}
+    def send(self, orders: Mapping[str, bytes], answer: Answer | None = None) -> list[tuple[str, bytes]]:
+        replies = [(name, (answer or self.answer)(name, order)) for name, order in orders.items()]
+        return [(name, reply) for name, reply in replies if reply is not None]
 
     def round(self, train: Answer | None = None, validate: Answer | None = None) -> None:
         while not self.desk.take_training(self.send(self.desk.training_orders(), train)):

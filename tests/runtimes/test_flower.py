@@ -140,11 +140,11 @@ def test_replies_are_taken_by_the_name_under_which_a_node_joined(strategy) -> No
     def answers(node: int, message: Message) -> Message:
         return Message(content=flower._wrap(report), reply_to=message)
 
-    orders = found._messages({"a": b"", "b": b""}, "train", 1)
+    orders = list(found._messages({"a": b"", "b": b""}, "train", 1))
     assert [message.metadata.dst_node_id for message in orders] == [8, 7]
     stray = Message(content=flower._wrap(b""), message_type="train", dst_node_id=9, group_id="1")
     here = FakeGrid({7: fails, 8: answers, 9: answers})
-    reports = found._reports(found._exchange(here, "training", [*orders, stray]))
+    reports = dict(found._reports(found._exchange(here, "training", [*orders, stray])))
     assert reports == {"a": report}
     assert "client b failed: out of memory" in found.heard.notes
     assert "node 9 answers, and never joined: passed over" in found.heard.notes
@@ -172,8 +172,8 @@ def test_a_client_that_is_revoked_while_a_round_goes_on_is_not_heard(strategy) -
         enrolled.pop(7, None)
         return Message(content=flower._wrap(report), reply_to=message)
 
-    orders = found._messages({"a": b"", "b": b""}, "train", 1)
-    reports = found._reports(found._exchange(FakeGrid({7: answers, 8: answers}), "training", orders))
+    orders = list(found._messages({"a": b"", "b": b""}, "train", 1))
+    reports = dict(found._reports(found._exchange(FakeGrid({7: answers, 8: answers}), "training", orders)))
     assert reports == {"a": report}
     assert "client b is enrolled no more, or not there: passed over" in found.heard.notes
 
@@ -190,8 +190,8 @@ def test_what_flower_tells_of_a_node_that_is_gone_is_told_by_its_clients_name(st
                 reply.metadata.__dict__["_src_node_id"] = 1
             return replies
 
-    orders = found._messages({"a": b"", "b": b""}, "train", 1)
-    assert found._reports(found._exchange(Link({7: fails, 8: fails}), "training", orders)) == {}
+    orders = list(found._messages({"a": b"", "b": b""}, "train", 1))
+    assert list(found._reports(found._exchange(Link({7: fails, 8: fails}), "training", orders))) == []
     assert {"client a failed: out of memory", "client b failed: out of memory"} <= set(found.heard.notes)
 
 

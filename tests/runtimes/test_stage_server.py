@@ -92,6 +92,10 @@ def raw(server: StageServer, kit: Path, method: str, request: Any) -> bytes:
         return joined(channel.stream_stream(f"/{SERVICE}/{method}")(frames(content), timeout=20), 2**24)
 
 
+def drawn(rows: int, tokens: int) -> torch.Tensor:
+    return torch.randn(rows, tokens, 32, generator=torch.Generator().manual_seed(rows + tokens))
+
+
 def test_clients_of_different_cuts_share_one_base(federation, serve) -> None:
     backbone = tiny_backbone()
     server = serve(backbone)
@@ -123,7 +127,7 @@ def test_a_request_that_is_sent_again_gets_the_same_reply_and_nothing_happens_tw
     transport = connect(server, federation / "one")
     transport.set_adapter({name: torch.ones_like(tensor) for name, tensor in transport.adapter().items()})
     transport.begin_round(5, LocalObjective(), None)
-    states, lengths = torch.randn(2, 3, 32), torch.tensor([3, 2])
+    states, lengths = drawn(2, 3), torch.tensor([3, 2])
     transport.forward(states, lengths, StageCall(), keep_as=1)
     transport.backward(1, states, lengths)
     request = pb.StepRequest(header=transport._header(), scale=1.0)
@@ -194,7 +198,7 @@ def test_values_that_would_poison_are_refused_before_they_meet_anything(federati
     server = serve()
     one, two = connect(server, federation / "one"), connect(server, federation / "two")
     before = {name: tensor.clone() for name, tensor in two.adapter().items()}
-    states, lengths = torch.randn(1, 2, 32), torch.tensor([2])
+    states, lengths = drawn(1, 2), torch.tensor([2])
     one.forward(states, lengths, StageCall(), keep_as=1)
     bad = states.clone()
     bad[0, 1, 3] = value
@@ -213,19 +217,19 @@ def test_values_that_would_poison_are_refused_before_they_meet_anything(federati
 def test_what_is_over_a_limit_is_refused(federation, serve) -> None:
     server = serve(limits=ServerLimits(max_rows=2, max_tokens=4, max_caches=1, max_kept=1, max_message_bytes=4096))
     one = connect(server, federation / "one")
-    fine = torch.randn(2, 4, 32)
+    fine = drawn(2, 4)
     one.forward(fine, torch.tensor([4, 4]), StageCall(), keep_as=1)
     with refuses(TransportError, "too many forward passes"):
         one.forward(fine, torch.tensor([4, 4]), StageCall(), keep_as=2)
     with refuses(TransportError, ""):
-        one.forward(torch.randn(3, 4, 32), torch.tensor([4, 4, 4]), StageCall(), keep_as=None)
+        one.forward(drawn(3, 4), torch.tensor([4, 4, 4]), StageCall(), keep_as=None)
     with refuses(TransportError, ""):
-        one.forward(torch.randn(1, 5, 32), torch.tensor([5]), StageCall(), keep_as=None)
+        one.forward(drawn(1, 5), torch.tensor([5]), StageCall(), keep_as=None)
     one.open_cache()
     with refuses(TransportError, "too many open caches"):
         one.open_cache()
     with refuses(TransportError, "at most 4096"):
-        one.forward(torch.randn(200, 4, 32), torch.full((200,), 4), StageCall(), keep_as=None)
+        one.forward(drawn(200, 4), torch.full((200,), 4), StageCall(), keep_as=None)
 
 
 def test_a_lost_server_is_an_error_that_says_what_to_do(federation, serve) -> None:
@@ -264,9 +268,10 @@ def test_a_round_that_makes_no_sense_is_refused(federation, serve, steps, pull) 
 @pytest.mark.parametrize("spoil", ["steps", "exp_avg_sq", "none"])
 def test_an_optimizer_state_that_makes_no_sense_is_refused(federation, serve, spoil) -> None:
     one = connect(serve(), federation / "one")
-    one.set_adapter({name: torch.ones_like(tensor) for name, tensor in one.adapter().items()})
+    one.set_adapter({name: torch.full_like(tensor, 0.1) for name, tensor in one.adapter().items()})
     one.begin_round(5, LocalObjective(), None)
-    states, lengths = torch.randn(2, 3, 32), torch.tensor([3, 2])
+    states = drawn(2, 3)
+    lengths = torch.tensor([3, 2])
     one.forward(states, lengths, StageCall(), keep_as=1)
     one.backward(1, states, lengths)
     one.optimizer_step(1.0)
@@ -287,14 +292,14 @@ def test_rows_and_lengths_that_do_not_meet_the_cache_are_refused(federation, ser
     one = connect(serve(), federation / "one")
     cache = one.open_cache()
     mask = torch.ones(2, 4, dtype=torch.long)
-    one.decode(torch.randn(2, 4, 32), StageCall(attention_mask=mask), cache)
+    one.decode(drawn(2, 4), StageCall(attention_mask=mask), cache)
     one.reorder_cache(cache, torch.tensor([1, 0]))
-    one.decode(torch.randn(2, 1, 32), StageCall(attention_mask=torch.ones(2, 5, dtype=torch.long)), cache)
+    one.decode(drawn(2, 1), StageCall(attention_mask=torch.ones(2, 5, dtype=torch.long)), cache)
     with refuses(TransportError, "refused Decode"):
-        one.decode(torch.randn(3, 1, 32), StageCall(attention_mask=torch.ones(3, 6, dtype=torch.long)), cache)
+        one.decode(drawn(3, 1), StageCall(attention_mask=torch.ones(3, 6, dtype=torch.long)), cache)
     one.reorder_cache(cache, torch.tensor([7]))
     with refuses(TransportError, "row 7 of a cache of 2 rows"):
-        one.decode(torch.randn(1, 1, 32), StageCall(attention_mask=torch.ones(1, 6, dtype=torch.long)), cache)
+        one.decode(drawn(1, 1), StageCall(attention_mask=torch.ones(1, 6, dtype=torch.long)), cache)
     assert one.adapter()
 
 

@@ -57,11 +57,13 @@ def server(
     secret = prepare_link(state, address or f"{'127.0.0.1' if host == '0.0.0.0' else host}:{port}")  # noqa: S104
     if context.args and stage is None:
         raise typer.BadParameter(f"{context.args[0]!r} is for a stage server, and --stage names no model")
-    stopping = threading.Event()
+    stopping, lost = threading.Event(), threading.Event()
     with ExitStack() as closing:
+        asked = closing.enter_context(_until_stopped())
+        threading.Thread(target=_insist, args=(asked, stopping), daemon=True).start()
         if stage is not None:
             own = [stage, "--federation", str(federation), "--listen", stage_listen, "--state", str(state / "stage")]
-            closing.enter_context(_stage_server([*own, *context.args], screen.line))
+            closing.enter_context(_stage_server([*own, *context.args], screen.line, lost))
         keeper = threading.Thread(target=keep_nodes, args=(federation, state, stopping, screen.line), daemon=True)
         keeper.start()
         screen.line(f"serving the link on {listen}; its state is in {state}")
@@ -70,10 +72,20 @@ def server(
         finally:
             stopping.set()
             keeper.join(timeout=5)
+    if lost.is_set():
+        raise typer.Exit(1)
+    screen.line("stopped")
+
+
+def _insist(asked: threading.Event, ended: threading.Event) -> None:
+    """Give a signal once more that came before the link's own server listened for it."""
+    asked.wait()
+    while not ended.wait(1.0):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
-def _stage_server(arguments: list[str], note: Callable[[str], None]) -> Iterator[None]:
+def _stage_server(arguments: list[str], note: Callable[[str], None], lost: threading.Event) -> Iterator[None]:
     """Run `pplr stage serve` in a process of its own while inside; when it ends by itself, this process ends too.
 
     A crash of one of the two servers leaves the other's memory alone, and each keeps its state on disk. The other
@@ -87,6 +99,7 @@ def _stage_server(arguments: list[str], note: Callable[[str], None]) -> Iterator
         status = process.wait()
         if not leaving.is_set():
             note(f"the stage server ended with status {status}: stopping the link too")
+            lost.set()
             os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -13,7 +13,7 @@ from pplr.backbones.adapters import AdapterState, is_lora
 from pplr.errors import FederationError
 from pplr.federation.stacks import Stack, StoredAdapters, stack_of
 
-__all__ = ["AVERAGINGS", "SIMILARITIES", "mix", "mix_on_disk", "mixing_weights", "similarity"]
+__all__ = ["AVERAGINGS", "SIMILARITIES", "is_mixed", "mix", "mix_on_disk", "mixing_weights", "similarity"]
 
 Matrix = NDArray[np.float64]
 
@@ -192,6 +192,11 @@ def mix_on_disk(adapters: Stack, weights: Matrix, into: StoredAdapters, *, avera
         left -= set(layer)
     for name in left:
         into.write_rows(name, adapters.rows(name))
+
+
+def is_mixed(name: str, averaging: str) -> bool:
+    """Whether a way of averaging changes a tensor; those that it does not stay each client's own."""
+    return averaging != "freeze_a" or ".lora_A." not in name
 
 
 def _mixed_layers(stack: Stack, weights: Matrix, averaging: str) -> Iterator[dict[str, Tensor]]:

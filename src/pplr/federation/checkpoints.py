@@ -46,9 +46,13 @@ class Checkpoint:
     folder: Path
     state: Mapping[str, Any]
 
+    def path(self, name: str) -> Path:
+        """Say where one of its safetensors files lies."""
+        return self.folder / f"{name}.safetensors"
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Read one of its safetensors files."""
-        return dict(load_file(self.folder / f"{name}.safetensors"))
+        return dict(load_file(self.path(name)))
 
 
 class CheckpointStore:
@@ -72,7 +76,7 @@ class CheckpointStore:
         state: Mapping[str, Any],
         clients: Mapping[str, Mapping[str, Tensor]],
         improved: Mapping[str, AdapterState],
-    ) -> None:
+    ) -> Checkpoint:
         """Write the checkpoint of a finished server round, then drop the oldest.
 
         Args:
@@ -80,6 +84,11 @@ class CheckpointStore:
             state: What else is needed to go on, as JSON.
             clients: Adapter and optimizer of each client, as flat tensors.
             improved: Best adapters that are new; a client that is not named keeps its best of the newest checkpoint.
+
+        Both are asked for one client at a time, so they need not lie in memory.
+
+        Returns:
+            What was written.
 
         Raises:
             StorageError: The disk is full or refuses; the checkpoints that were there before are untouched.
@@ -104,6 +113,7 @@ class CheckpointStore:
         refused = [folder for folder in self._folders() if folder.name > final.name]
         for old in [*refused, *self._folders()[len(refused) + self._keep :]]:
             shutil.rmtree(old, ignore_errors=True)
+        return Checkpoint(final, state)
 
     def _fill(
         self,

@@ -6,30 +6,47 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pplr.backbones.adapters import AdapterState
 from pplr.config import Config
 from pplr.federation.aggregation import mix
 from pplr.federation.client import Best
 from pplr.federation.methods import Method, Mixing, RoundView
+from pplr.federation.stacks import Stack, stack_of
 from pplr.recommend.training import LocalResult
 from pplr.seeds import generator
 
-__all__ = ["Trained", "decide", "mix_into", "out_of_patience", "participants_of", "round_record"]
+__all__ = ["Report", "Trained", "decide", "mix_into", "out_of_patience", "participants_of", "round_record"]
+
+_TOLD = 100
+"""Most clients of which the record of a round holds every pair."""
+_LARGEST = 10
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What a client tells of its local training.
+class Report:
+    """What a client tells of its local training, besides the adapter.
 
     Args:
-        adapter: What it exchanges; private tensors are not in it.
         result: How the training went.
         samples: Training samples that it holds.
     """
 
-    adapter: AdapterState
     result: LocalResult
     samples: int
+
+
+@dataclass(frozen=True)
+class Trained(Report):
+    """The same with the adapter.
+
+    Args:
+        adapter: What the client exchanges; private tensors are not in it.
+    """
+
+    adapter: AdapterState
 
 
 def participants_of(names: Sequence[str], server_round: int, config: Config) -> list[str]:
@@ -39,23 +56,30 @@ def participants_of(names: Sequence[str], server_round: int, config: Config) -> 
     return [names[i] for i in sorted(int(i) for i in drawn)]
 
 
-def decide(method: Method, server_round: int, initial: AdapterState, trained: Mapping[str, Trained]) -> Mixing:
+def decide(
+    method: Method,
+    server_round: int,
+    initial: AdapterState,
+    reports: Sequence[Report],
+    adapters: Stack | Sequence[AdapterState],
+) -> Mixing:
     """Let similarity and heating decide who learns from whom, by what clients exchange.
 
     Args:
         method: The federated method.
         server_round: Counted from 0.
         initial: The adapter that all clients started from.
-        trained: Of every client that takes part in the mixing, in the usual order.
+        reports: Of every client that takes part in the mixing, in the usual order.
+        adapters: What they exchange, in the same order.
     """
-    names = next(iter(trained.values())).adapter
+    shapes = stack_of(adapters).shapes
     return method.mixing(
         RoundView(
             server_round=server_round,
-            adapters=[own.adapter for own in trained.values()],
-            initial={name: tensor for name, tensor in initial.items() if name in names},
-            losses=[own.result.loss for own in trained.values()],
-            samples=[own.samples for own in trained.values()],
+            adapters=adapters,
+            initial={name: tensor for name, tensor in initial.items() if name in shapes},
+            losses=[own.result.loss for own in reports],
+            samples=[own.samples for own in reports],
         )
     )
 
@@ -99,11 +123,14 @@ def out_of_patience(best: Mapping[str, Best], next_round: int, patience: int | N
 
 def round_record(
     server_round: int,
-    trained: Mapping[str, Trained],
+    trained: Mapping[str, Report],
     mixing: Mixing,
     validation: Mapping[str, Mapping[str, float | None]],
 ) -> dict[str, Any]:
     """Write down who trained, how well, and who learned from whom, as a line of ``rounds.jsonl``.
+
+    With more than a hundred clients every pair of them would be millions of numbers: then a client's record names the
+    ten from whom it took most, and itself, and similarities are left out.
 
     Args:
         server_round: Counted from 0.
@@ -112,10 +139,11 @@ def round_record(
         validation: What clients measured; of one that did not answer, nothing.
     """
     clients: dict[str, dict[str, Any]] = {}
+    names = list(trained)
     for i, (name, own) in enumerate(trained.items()):
         row = {name: 1.0}
         if mixing.weights is not None:
-            row = {other: float(mixing.weights[i, j]) for j, other in enumerate(trained)}
+            row = {names[j]: float(mixing.weights[i, j]) for j in _told_of(mixing.weights[i], i)}
         clients[name] = {
             "samples": own.result.samples,
             "tokens": own.result.tokens,
@@ -128,5 +156,13 @@ def round_record(
         }
     for name, measured in validation.items():
         clients.setdefault(name, {"samples": 0, "validation": dict(measured)})
-    alike = None if mixing.similarity is None else mixing.similarity.tolist()
+    alike = None if mixing.similarity is None or len(names) > _TOLD else mixing.similarity.tolist()
     return {"server_round": server_round + 1, "similarity": alike, "clients": clients}
+
+
+def _told_of(weights: NDArray[np.float64], own: int) -> list[int]:
+    """Say of whose part in a client's mixture the record tells."""
+    if len(weights) <= _TOLD:
+        return list(range(len(weights)))
+    largest = np.argsort(-weights, kind="stable")[:_LARGEST]
+    return sorted({own, *(int(place) for place in largest)})

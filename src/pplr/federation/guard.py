@@ -49,14 +49,14 @@ def check_trained(trained: Trained, initial: AdapterState, *, whose: str) -> Non
         )
 
 
+@torch.no_grad()
 def update_norm(adapter: Mapping[str, Tensor], before: AdapterState) -> float:
     """Measure how far training moved an adapter: ‖θ − θ_before‖₂ over all tensors, in float64."""
     squared = sum(float((own.double() - before[name].double()).square().sum()) for name, own in adapter.items())
     return math.sqrt(squared)
 
 
-@torch.no_grad()
-def too_large(trained: Mapping[str, Trained], before: Mapping[str, AdapterState], factor: float) -> dict[str, str]:
+def too_large(norms: Mapping[str, float], factor: float) -> dict[str, str]:
     """Find updates that are far larger than is usual in this round: over ``factor`` times the median norm.
 
     Honest updates differ, as clients take more or fewer steps, but not by orders of magnitude; and with few clients
@@ -64,14 +64,12 @@ def too_large(trained: Mapping[str, Trained], before: Mapping[str, AdapterState]
     fewer than three none can be told to be too large.
 
     Args:
-        trained: Of every client whose report passed :func:`check_trained`.
-        before: What each of them started the round from.
+        norms: Of the update of every client whose report passed :func:`check_trained`.
         factor: How many times the median.
 
     Returns:
         The reason for each client whose update is too large.
     """
-    norms = {name: update_norm(own.adapter, before[name]) for name, own in trained.items()}
     if len(norms) < _FEWEST:
         return {}
     bound = factor * statistics.median(norms.values())

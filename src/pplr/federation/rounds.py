@@ -77,7 +77,8 @@ def run_rounds(
         _keep(federation, config, folder, server_round, "local")
 
         # 2. Similarity and heating decide who learns from whom, by what clients exchange.
-        mixing = decide(method, server_round, federation.initial, trained)
+        adapters = [own.adapter for own in trained.values()]
+        mixing = decide(method, server_round, federation.initial, list(trained.values()), adapters)
 
         # 3. All adapters are mixed from one snapshot.
         averaging = config.federation.averaging
@@ -118,7 +119,7 @@ def _told(client: FederatedClient, result: LocalResult, initial: AdapterState) -
         check_adapter(client.personal.adapter(), shapes, whose=f"client {client.name}'s personal adapter")
     private = client.model.backbone.private
     exchanged = {name: tensor for name, tensor in adapter.items() if name not in private}
-    return Trained(exchanged, result, len(client.encoded))
+    return Trained(result, len(client.encoded), exchanged)
 
 
 def _out_of_patience(federation: Federation, config: Config) -> bool:

@@ -15,7 +15,7 @@ from pplr.backbones.adapters import AdapterState
 from pplr.errors import StorageError
 from pplr.storage import storage_errors, write_json
 
-__all__ = ["HeldAdapters", "Stack", "StoredAdapters", "stack_of"]
+__all__ = ["HeldAdapters", "SomeAdapters", "Stack", "StoredAdapters", "stack_of"]
 
 _MANIFEST = "stack.json"
 
@@ -55,6 +55,27 @@ class HeldAdapters(Stack):
     def rows(self, name: str) -> Tensor:
         """Stack: (C, *shape)."""
         return torch.stack([state[name] for state in self._states])
+
+
+class SomeAdapters(Stack):
+    """Some clients of a stack, in a given order.
+
+    Args:
+        stack: Of more clients.
+        places: Which of them.
+    """
+
+    def __init__(self, stack: Stack, places: Sequence[int]) -> None:
+        self._stack, self._places = stack, list(places)
+        self.shapes = stack.shapes
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def rows(self, name: str) -> Tensor:
+        """Pick: (C, *shape)."""
+        rows = self._stack.rows(name)
+        return rows if self._places == list(range(len(rows))) else rows[self._places]
 
 
 class StoredAdapters(Stack):

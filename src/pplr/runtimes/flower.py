@@ -6,10 +6,12 @@ and reads the reports, :class:`~pplr.runtimes.participant.Participant` answers t
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from pplr.runtimes.flower_settings import QUIET
 
@@ -26,12 +28,15 @@ from pplr.runtimes.orders import OrderDesk, read_hello
 
 __all__ = ["Answer", "OrderStrategy", "make_client_app"]
 
+_T = TypeVar("_T")
 Answer = Callable[[Context, bytes], bytes]
 """Answers an order as the client that a context belongs to."""
 
 _RECORD, _KEY, _TYPE = "pplr", "parcel", "safetensors"
 _POLL_S = 0.2
 _JOIN_S = 600.0
+_AT_ONCE = 16
+"""Messages that are asked for or sent at once, and so lie in memory together."""
 
 
 def _wrap(parcel: bytes) -> RecordDict:
@@ -120,7 +125,7 @@ class OrderStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Mix what they trained; there is no one array that all share."""
-        self._stands = self.desk.take_training(self._reports(replies))
+        self._stands = self.desk.take_training(self._reports(replies))  # each as it comes
         return None, None
 
     def configure_evaluate(
@@ -254,40 +259,39 @@ class OrderStrategy(Strategy):
 
     # -- messages -----------------------------------------------------------------------------------------------
 
-    def _messages(self, orders: Mapping[str, bytes], kind: str, server_round: int) -> list[Message]:
-        return [
-            Message(content=_wrap(order), message_type=kind, dst_node_id=self._nodes[name], group_id=str(server_round))
-            for name, order in orders.items()
-        ]
+    def _messages(self, orders: Mapping[str, bytes], kind: str, server_round: int) -> Iterator[Message]:
+        for name, order in orders.items():
+            node = self._nodes[name]
+            yield Message(content=_wrap(order), message_type=kind, dst_node_id=node, group_id=str(server_round))
 
-    def _exchange(self, grid: Grid, label: str, messages: Iterable[Message]) -> list[Message]:
-        """Send messages and wait for the replies until all are there, or the deadline is over."""
-        sent = list(messages)
-        replies: list[Message] = []
-        with self._progress.task(label, len(sent), "clients") as advance:
-            pushed = list(grid.push_messages(sent))
-            self._asked = {one: message.metadata.dst_node_id for one, message in zip(pushed, sent, strict=False)}
-            left = set(pushed)
-            until = time.monotonic() + self._deadline_s
+    def _exchange(self, grid: Grid, label: str, messages: Iterable[Message]) -> Iterator[Message]:
+        """Send messages, and hand each reply on as it comes, until all are there or the deadline is over."""
+        self._asked = {}
+        for some in _batches(messages):
+            pushed = grid.push_messages(some)
+            self._asked |= {one: message.metadata.dst_node_id for one, message in zip(pushed, some, strict=False)}
+        left = set(self._asked)
+        until = time.monotonic() + self._deadline_s
+        with self._progress.task(label, len(left), "clients") as advance:
             while left and time.monotonic() < until:
-                for reply in grid.pull_messages(left):
-                    left.discard(reply.metadata.reply_to_message_id)
-                    replies.append(reply)
-                    advance(1)
+                for asked in _batches(sorted(left)):
+                    replies = list(grid.pull_messages(asked))
+                    if replies and self._identify is not None:
+                        self._known = self._identify(grid)
+                    for reply in replies:
+                        left.discard(reply.metadata.reply_to_message_id)
+                        yield reply
+                        advance(1)
                 if left:
                     self._wait()
-        if self._identify is not None:
-            self._known = self._identify(grid)
-        return replies
 
     def _wait(self) -> None:
         if self._gone.wait(_POLL_S):
             raise FederationError("the engine that carries the messages has ended", cure="Go on with --resume.")
 
-    def _reports(self, replies: Iterable[Message]) -> dict[str, bytes]:
-        """Take the bytes out of replies, by the name under which each node joined."""
+    def _reports(self, replies: Iterable[Message]) -> Iterator[tuple[str, bytes]]:
+        """Take the bytes out of replies, each with the name under which its node joined."""
         names = {node: name for name, node in self._nodes.items()}
-        found = {}
         for reply in replies:
             node = reply.metadata.src_node_id
             if node not in names and reply.has_error():  # of Flower itself, for a node that does not answer
@@ -301,10 +305,18 @@ class OrderStrategy(Strategy):
                 self._progress.note(f"client {name} failed: {_reason(reply)}")
             else:
                 try:
-                    found[name] = _unwrap(reply, f"client {name}")
+                    report = _unwrap(reply, f"client {name}")
                 except WireError as error:
                     self._progress.note(str(error))
-        return found
+                else:
+                    yield name, report
+
+
+def _batches(things: Iterable[_T]) -> Iterator[list[_T]]:
+    """Take a few at a time, so that the others need not have been made yet."""
+    source = iter(things)
+    while some := list(itertools.islice(source, _AT_ONCE)):
+        yield some
 
 
 def _reason(reply: Message) -> str:

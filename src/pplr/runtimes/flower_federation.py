@@ -7,7 +7,7 @@ import json
 import secrets
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from pplr.runtimes.flower_settings import load_flower
 from pplr.runtimes.identity import Enrolled, enrolled
 from pplr.runtimes.middles import Middles, StageMiddles
 from pplr.runtimes.orders import OrderDesk, greeting, read_start
-from pplr.runtimes.run_folder import RoundWriter, claimed
+from pplr.runtimes.run_folder import RoundWriter, claimed, training_cost
 from pplr.storage import write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def train(
         for name in names:
             if name not in told:
                 heard.note(f"client {name} did not test its adapter: its figures are missing")
-        metrics = _metrics(config, {name: told[name] for name in names if name in told})
+        metrics = _metrics(config, {name: told[name] for name in names if name in told}, standing.records)
         write_json(folder / "metrics.json", metrics)
         return metrics
 
@@ -243,8 +243,10 @@ def _open_desk(
     return OrderDesk(server, model, catalog, progress.note, middles, hosted)
 
 
-def _metrics(config: Config, told: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Put the content of ``metrics.json`` together from the means that clients tell; what they do not is ``None``."""
+def _metrics(
+    config: Config, told: Mapping[str, Mapping[str, Any]], records: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Put the content of ``metrics.json`` together from what clients tell; what they do not is ``None``."""
     if not told:
         raise FederationError("no client tested its adapter", cure="Start the clients, then go on with --resume.")
     clients = {name: dict(own["tested"]) for name, own in told.items()}
@@ -257,6 +259,7 @@ def _metrics(config: Config, told: Mapping[str, Mapping[str, Any]]) -> dict[str,
     }
     stored = [own["stored_bytes"] for own in told.values()]
     hosted = [own["server"] for own in stored if own["server"] is not None]
+    trained = training_cost(records)
     nothing = {"peak_rss_bytes": None, "train_flops": None}
     return {
         "method": config.federation.method,
@@ -269,8 +272,8 @@ def _metrics(config: Config, told: Mapping[str, Mapping[str, Any]]) -> dict[str,
         "cost": {
             "client": {"stored_bytes": max(own["client"] for own in stored), **nothing},
             "server": {"stored_bytes": max(hosted) if hosted else None, **nothing},
-            "wire": {"bytes_up": None, "bytes_down": None},
+            "wire": {key: trained[key] for key in ("bytes_up", "bytes_down")},
         },
-        "seconds": {"total": None, "train": None, "evaluate": None},
-        "samples_per_second": None,
+        "seconds": {"total": None, "train": trained["seconds"], "evaluate": None},
+        "samples_per_second": trained["samples_per_second"],
     }

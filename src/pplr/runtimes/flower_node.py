@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import secrets
 import shutil
@@ -20,21 +19,26 @@ from pplr.config_files import load_config
 from pplr.errors import FederationError, ServerLostError, WireError
 from pplr.progress import Progress
 from pplr.runtimes.address import StageServerAt
-from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.certificates import openssh_key, write_private
 from pplr.runtimes.flower_settings import load_flower
 from pplr.runtimes.identity import Kit, read_kit
 from pplr.runtimes.orders import run_token
 from pplr.runtimes.parcels import Parcel
 from pplr.runtimes.participant import Participant
-from pplr.storage import write_atomic, write_json
+from pplr.runtimes.run import open_run
+from pplr.runtimes.run_folder import write_own
+from pplr.storage import write_atomic
 
 if TYPE_CHECKING:
     from flwr.app import Context
 
+    from pplr.runtimes.assembly import Assembly
+
 __all__ = ["OwnClient", "run_node"]
 
 _TOKEN = re.compile(r"[0-9a-f]{16}")
+_TOLD = "server.yaml"
+"""The configuration as the server told it."""
 _START_S = 60.0
 _STOP_S = 10.0
 _REJOIN_S, _AGAIN_S = 120.0, 5.0
@@ -79,7 +83,8 @@ class OwnClient:
         """Make ready for the run that an order is of; one that is ready stays so.
 
         A greeting brings the run's configuration. Later orders name it: a client that was started again finds it in
-        its own folder.
+        its own folder. That is a run folder like any other, of this client alone: with the configuration as it counts
+        here, and in the end its best adapter.
         """
         told = parcel.told.get("config")
         token = run_token(told) if isinstance(told, str) else str(parcel.told.get("run"))
@@ -89,25 +94,19 @@ class OwnClient:
             raise WireError("an order that names no run", cure="Use the same version of pplr on both sides.")
         run = self._folder / token
         if isinstance(told, str):
-            write_atomic(run / "config.yaml", told.encode())
-            write_json(run / "stage.json", {"hosted": parcel.told.get("hosted") is True})
-        elif not (run / "config.yaml").exists():
+            write_atomic(run / _TOLD, told.encode())
+            config = load_config(run / _TOLD, self._settings)
+            write_own(run, config, self._name, hosted=parcel.told.get("hosted") is True)
+        elif not (run / _TOLD).exists():
             raise WireError(f"an order of a run {token} that this client never joined", cure="Start the run again.")
         self.close()
-        config = load_config(run / "config.yaml", self._settings)
-        self._progress.note(f"taking part in a run of {config.federation.method}; its state is in {run}")
-        self._assembly = Assembly(config, self._progress, stage_server=self._stage_server_of(run), own=self._name)
+        own = open_run(run, self._stage_server)
+        self._progress.note(f"taking part in a run of {own.config.federation.method}; its folder is {run}")
+        self._assembly = own.assembly(self._progress)
         self._token = token
-        self._participant = Participant(self._assembly, self._name, run / "state", run / "adapter", self._progress.note)
+        export = run / "clients" / self._name
+        self._participant = Participant(self._assembly, self._name, run / "state", export, self._progress.note)
         return self._participant
-
-    def _stage_server_of(self, run: Path) -> StageServerAt | None:
-        """Say which server hosts the middle blocks in a run: its operator decides whether one does."""
-        if not json.loads((run / "stage.json").read_text(encoding="utf-8"))["hosted"]:
-            return None
-        if self._stage_server is None:
-            raise FederationError("this run has a stage server, and this client knows none", cure="Give its kit.")
-        return self._stage_server
 
     def close(self) -> None:
         """Let go of the model and the data."""

@@ -21,7 +21,7 @@ from pplr.runtimes.address import StageServerAt
 from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.memory import peak_rss_bytes
 from pplr.runtimes.run import Run
-from pplr.runtimes.run_folder import RoundWriter, claimed, write_start
+from pplr.runtimes.run_folder import RoundWriter, claimed, training_cost, write_start
 from pplr.storage import write_json
 
 __all__ = ["evaluate_run", "train"]
@@ -130,27 +130,15 @@ def evaluate_run(run: Run, progress: Progress, *, started: float | None = None) 
     before = run.metrics
     if total is None and before is not None:
         total = before["seconds"]["total"]
-    metrics["seconds"] = {"total": total, "train": _trained(run)["seconds"], "evaluate": seconds}
+    metrics["seconds"] = {"total": total, "train": training_cost(run.rounds)["seconds"], "evaluate": seconds}
     write_json(run.folder / "metrics.json", metrics)
     return metrics
-
-
-def _trained(run: Run) -> dict[str, float | None]:
-    """Add up what the rounds recorded."""
-    rows = [client for record in run.rounds for client in record["clients"].values() if client.get("samples")]
-    seconds = sum(row["seconds"] for row in rows)
-    return {
-        "seconds": seconds if rows else None,
-        "samples_per_second": sum(row["samples"] for row in rows) / seconds if seconds else None,
-        "bytes_up": sum(row["bytes_up"] for row in rows) if rows else None,
-        "bytes_down": sum(row["bytes_down"] for row in rows) if rows else None,
-    }
 
 
 def _metrics(run: Run, assembly: Assembly, found: Mapping[str, Evaluation]) -> dict[str, Any]:
     """Put the content of ``metrics.json`` together; what was not measured is ``None``."""
     config, test = run.config, found["test"]
-    trained = _trained(run)
+    trained = training_cost(run.rounds)
     stored = {name: assembly.model_of(name).stored_bytes() for name in assembly.data.partition.names}
     client_bytes = max(client for client, _ in stored.values())
     hosted = [server for _, server in stored.values() if server is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,11 @@ from pplr.runtimes.parcels import Parcel
 from pplr.runtimes.participant import HELLO, TEST, TRAIN, VALIDATE
 from pplr.storage import sha256_bytes
 
-__all__ = ["OrderDesk", "Start", "greeting", "read_hello", "read_start", "run_token"]
+__all__ = ["OrderDesk", "Orders", "Reports", "Start", "greeting", "read_hello", "read_start", "run_token"]
 
 _SAME = "Use the same configuration, model and catalog on both sides."
+Reports = Iterable[tuple[str, bytes]]
+"""Clients' names, and what each reports."""
 _SHARED = ("initial_sha256", "model_sha256", "catalog_sha256")
 _MOST = 2**53
 """Largest number that is believed: beyond it, floats skip whole numbers."""
@@ -100,6 +102,29 @@ def greeting(config: Config, *, hosted: bool = False) -> bytes:
     return Parcel(HELLO, {"config": config.to_yaml(), "hosted": hosted}).pack()
 
 
+class Orders(Mapping[str, bytes]):
+    """Orders by the name of the client, each written when it is asked for, so that one is in memory at a time.
+
+    Args:
+        names: Whom.
+        write: Writes the order of one.
+    """
+
+    def __init__(self, names: Sequence[str], write: Callable[[str], bytes]) -> None:
+        self._names, self._write = tuple(names), write
+
+    def __getitem__(self, name: str) -> bytes:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._write(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class OrderDesk:
     """Orders of one run, in the order of its rounds: train, validate, and at the end test.
 
@@ -154,16 +179,16 @@ class OrderDesk:
 
     # -- a round ------------------------------------------------------------------------------------------------
 
-    def training_orders(self) -> dict[str, bytes]:
+    def training_orders(self) -> Orders:
         """Order the participants of the next round to train, each from its own adapter."""
         self._attempt = uuid.uuid4().hex
-        return {name: self._order(TRAIN, name) for name in self.server.participants()}
+        return Orders(self.server.begin(), lambda name: self._order(TRAIN, name))
 
-    def take_training(self, reports: Mapping[str, bytes]) -> bool:
-        """Mix what the participants trained.
+    def take_training(self, reports: Reports) -> bool:
+        """Take what the participants trained, one after the other as they come, and mix it.
 
         Args:
-            reports: Of every participant that answered in time.
+            reports: Of every participant that answers in time.
 
         Returns:
             Whether the round stands; if not, its training is to be ordered again.
@@ -171,9 +196,8 @@ class OrderDesk:
         Raises:
             FederationError: Too few answered, for the last time.
         """
-        trained: dict[str, Trained] = {}
         self._traffic = {"bytes_up": {}, "bytes_down": {}}
-        for name, parcel in self._read(TRAIN, reports).items():
+        for name, parcel in self._read(TRAIN, reports):
             try:
                 told = parcel.told
                 result = _result_of(told.get("result"), f"client {name}")
@@ -184,11 +208,11 @@ class OrderDesk:
             except PplrError as error:
                 self._note(str(error))
                 continue
-            trained[name] = Trained(adapter, result, counts["samples"])
+            self.server.take(name, Trained(result, counts["samples"], adapter))
             for key, own in self._traffic.items():
                 own[name] = counts[key]
         try:
-            self.server.mix(trained)
+            self.server.mix()
         except FederationError as error:
             self._failed += 1
             if self._failed >= self.server.config.runtime.attempts:
@@ -198,11 +222,11 @@ class OrderDesk:
         self._failed = 0
         return True
 
-    def validation_orders(self) -> dict[str, bytes]:
+    def validation_orders(self) -> Orders:
         """Order every client whose adapter changed to measure it."""
-        return {name: self._order(VALIDATE, name) for name in self.server.changed()}
+        return Orders(self.server.changed(), lambda name: self._order(VALIDATE, name))
 
-    def take_validation(self, reports: Mapping[str, bytes]) -> dict[str, Any]:
+    def take_validation(self, reports: Reports) -> dict[str, Any]:
         """Record and checkpoint the round; a client that did not measure counts as not improved.
 
         Returns:
@@ -210,7 +234,7 @@ class OrderDesk:
         """
         measured: dict[str, dict[str, float | None]] = {}
         improved = []
-        for name, parcel in self._read(VALIDATE, reports).items():
+        for name, parcel in self._read(VALIDATE, reports):
             values = parcel.told.get("measured")
             try:
                 if not isinstance(values, dict) or not _are_measured(values, self._metrics):
@@ -229,14 +253,14 @@ class OrderDesk:
 
     # -- the end ------------------------------------------------------------------------------------------------
 
-    def test_orders(self) -> dict[str, bytes]:
+    def test_orders(self) -> Orders:
         """Order every client to write its best adapter and to measure it on its test cases."""
-        return {name: Parcel(TEST, {"run": self._run}).pack() for name in self.server.names}
+        return Orders(self.server.names, lambda _: Parcel(TEST, {"run": self._run}).pack())
 
-    def take_tests(self, reports: Mapping[str, bytes]) -> dict[str, Mapping[str, Any]]:
+    def take_tests(self, reports: Reports) -> dict[str, Mapping[str, Any]]:
         """Read what each client tells of its test: means and counts alone; what cannot be believed is passed over."""
         told = {}
-        for name, report in reports.items():
+        for name, report in reports:
             try:
                 own = _unpack(report, TEST, f"client {name}").told
                 tested, stored = own.get("tested"), own.get("stored_bytes")
@@ -285,11 +309,10 @@ class OrderDesk:
         both = {**sent, **{key: own for key, own in middle.items() if key in hosted}}
         return {key: both[key] for key in natural_order(both)}
 
-    def _read(self, kind: str, reports: Mapping[str, bytes]) -> dict[str, Parcel]:
-        """Read the reports that answer the order of this round and attempt."""
-        found = {}
+    def _read(self, kind: str, reports: Reports) -> Iterator[tuple[str, Parcel]]:
+        """Read the reports that answer the order of this round and attempt, each when it comes."""
         expected = (self.server.next_round, self._attempt)
-        for name, report in reports.items():
+        for name, report in reports:
             try:
                 parcel = _unpack(report, kind, f"client {name}")
             except PplrError as error:
@@ -299,8 +322,7 @@ class OrderDesk:
             if answers != expected:
                 self._note(f"client {name} answers an order that is over, of server round {answers[0]!r}: passed over")
             else:
-                found[name] = parcel
-        return found
+                yield name, parcel
 
 
 def _count(value: Any, key: str, name: str) -> int:

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from pplr.recommend.evaluation import Evaluation
     from pplr.runtimes.assembly import Assembly
 
-__all__ = ["Recommendation", "Run", "open_run"]
+__all__ = ["OWN", "Recommendation", "Run", "open_run"]
+
+OWN = "client.json"
+"""In the run folder of one client of a federation: whose it is, and whether a stage server hosts its middle blocks."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,11 @@ class Run:
         self.config = config
         self._assembled = assembly
         self._stage_server = stage_server
+
+    @property
+    def own(self) -> str | None:
+        """The one client whose folder this is, on its own machine; ``None`` where all clients are in it."""
+        return str(self._json(OWN)["client"]) if (self.folder / OWN).exists() else None
 
     @property
     def metrics(self) -> dict[str, Any] | None:
@@ -116,7 +124,10 @@ class Run:
         if self._assembled is None:
             from pplr.runtimes.assembly import Assembly
 
-            self._assembled = Assembly(self.config, progress or Silent(), stage_server=self._stage_server)
+            own, server = self.own, self._stage_server
+            if own is not None and not self._json(OWN)["hosted"]:
+                server = None  # its kit is for other runs
+            self._assembled = Assembly(self.config, progress or Silent(), stage_server=server, own=own)
         return self._assembled
 
     def close(self) -> None:
@@ -142,7 +153,7 @@ class Run:
         """Recommend items that are not in a history, by one client's adapter.
 
         Args:
-            client: Whose adapter; the user's own client when absent.
+            client: Whose adapter; when absent the user's own client, or the only one.
             user: A user of that client. The history is everything the data knows of the user, test items too.
             history: Titles instead of a user, oldest first.
             count: Most items to return.
@@ -183,6 +194,8 @@ class Run:
             items = [int(item) for item in parts.data.dataset.histories[number]]
         else:
             items = [item for title in history or () for item in catalog.find(title)[:1]]
+        if client is None and len(names) == 1:
+            client = names[0]
         if client is None:
             raise ConfigError("no client is named", cure=f"Use --client with one of: {', '.join(names)}.")
         if not items:

@@ -7,7 +7,7 @@ import fcntl
 import json
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,10 +18,10 @@ from pplr.config import Config
 from pplr.errors import RunError
 from pplr.progress import Progress
 from pplr.runtimes.assembly import Assembly
-from pplr.runtimes.run import open_run
+from pplr.runtimes.run import OWN, open_run
 from pplr.storage import storage_errors, write_atomic, write_json
 
-__all__ = ["HasRecords", "RoundWriter", "claimed", "write_start"]
+__all__ = ["HasRecords", "RoundWriter", "claimed", "training_cost", "write_own", "write_start"]
 
 
 class HasRecords(Protocol):
@@ -105,6 +105,31 @@ def _first_difference(before: Config, after: Config) -> str:
         return f"{place} is {a} there and {b} here" if a != b else None
 
     return walk(before.model_dump(mode="json"), after.model_dump(mode="json"), "") or "the same fields"
+
+
+def training_cost(records: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Add up what the rounds recorded of the clients' training; ``None`` where nothing is recorded."""
+    rows = [client for record in records for client in record["clients"].values() if client.get("samples")]
+    seconds = sum(row["seconds"] for row in rows)
+    return {
+        "seconds": seconds if rows else None,
+        "samples_per_second": sum(row["samples"] for row in rows) / seconds if seconds else None,
+        "bytes_up": sum(row["bytes_up"] for row in rows) if rows else None,
+        "bytes_down": sum(row["bytes_down"] for row in rows) if rows else None,
+    }
+
+
+def write_own(folder: Path, config: Config, client: str, *, hosted: bool) -> None:
+    """Begin the run folder of one client of a federation, on its own machine.
+
+    Args:
+        folder: The run's; made when absent.
+        config: The run's configuration, with what the client sets itself.
+        client: Its name.
+        hosted: Whether a stage server hosts the middle blocks.
+    """
+    write_json(folder / OWN, {"client": client, "hosted": hosted})
+    write_atomic(folder / "config.yaml", config.to_yaml().encode())
 
 
 def write_start(folder: Path, assembly: Assembly) -> None:

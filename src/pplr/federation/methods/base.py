@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pplr.backbones.adapters import AdapterState
 from pplr.config import FederationConfig
 from pplr.errors import ConfigError, nearest
+from pplr.federation.stacks import Stack
 from pplr.stages.optimizer import LocalObjective
 
 __all__ = ["METHODS", "Method", "Mixing", "RoundView", "make_method", "register"]
@@ -24,14 +25,14 @@ class RoundView:
 
     Args:
         server_round: t, counted from 0.
-        adapters: C adapters after local training.
+        adapters: C adapters after local training, in memory or on disk.
         initial: The adapter that all clients started from.
         losses: (C,) mean training loss per answer token.
         samples: (C,) training samples.
     """
 
     server_round: int
-    adapters: Sequence[AdapterState]
+    adapters: Stack | Sequence[AdapterState]
     initial: AdapterState
     losses: Sequence[float]
     samples: Sequence[int]
