@@ -7,7 +7,7 @@ import sys
 
 from benchmarks.summary import write_summary
 
-BENCHMARKS = ("training", "clients", "bfloat16", "epoch", "network", "network_memory", "wire", "aggregation")
+BENCHMARKS = ("training", "clients", "bfloat16", "epoch", "network", "network_memory", "wire", "aggregation", "round_overhead")
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from pplr.federation.decisions import Report, Trained, decide, out_of_patience, 
 from pplr.federation.guard import check_trained, too_large, update_norm
 from pplr.federation.methods import Method, Mixing
 from pplr.federation.stacks import SomeAdapters, StoredAdapters
+from pplr.lazy import LazyMapping
 from pplr.storage import storage_errors
 
 __all__ = ["FederationServer"]
@@ -48,24 +49,6 @@ class _Round:
     refused: dict[str, str] = field(default_factory=dict)
     mixing: Mixing | None = None
     mixed: StoredAdapters | None = None
-
-
-class _Adapters(Mapping[str, AdapterState]):
-    """Clients' adapters, each read when it is asked for."""
-
-    def __init__(self, names: Sequence[str], read: Callable[[str], AdapterState]) -> None:
-        self._names, self._read = tuple(names), read
-
-    def __getitem__(self, name: str) -> AdapterState:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 class FederationServer:
@@ -275,8 +258,9 @@ class FederationServer:
             "records": self.records,
             "best": {name: [best.server_round, best.score] for name, best in self.best.items()},
         }
-        kept = _Adapters([] if self.method.personal else improved, self.adapter_of)
-        self._standing = self._store.write(server_round, standing, _Adapters(self.names, self.adapter_of), kept)
+        kept = LazyMapping([] if self.method.personal else improved, self.adapter_of)
+        every = LazyMapping(self.names, self.adapter_of)
+        self._standing = self._store.write(server_round, standing, every, kept)
         self._round = None
         shutil.rmtree(self._work, ignore_errors=True)
         return record

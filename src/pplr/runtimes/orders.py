@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from pplr.config import Config
 from pplr.errors import FederationError, PplrError, ServerLostError, WireError
 from pplr.federation.decisions import Trained
 from pplr.federation.server import FederationServer
+from pplr.lazy import LazyMapping
 from pplr.recommend.metrics import ranking_metrics
 from pplr.recommend.training import LocalResult
 from pplr.runtimes.middles import Middles
@@ -21,7 +22,7 @@ from pplr.runtimes.parcels import Parcel
 from pplr.runtimes.participant import HELLO, TEST, TRAIN, VALIDATE
 from pplr.storage import sha256_bytes
 
-__all__ = ["OrderDesk", "Orders", "Reports", "Start", "greeting", "read_hello", "read_start", "run_token"]
+__all__ = ["OrderDesk", "Reports", "Start", "greeting", "read_hello", "read_start", "run_token"]
 
 _SAME = "Use the same configuration, model and catalog on both sides."
 Reports = Iterable[tuple[str, bytes]]
@@ -102,29 +103,6 @@ def greeting(config: Config, *, hosted: bool = False) -> bytes:
     return Parcel(HELLO, {"config": config.to_yaml(), "hosted": hosted}).pack()
 
 
-class Orders(Mapping[str, bytes]):
-    """Orders by the name of the client, each written when it is asked for, so that one is in memory at a time.
-
-    Args:
-        names: Whom.
-        write: Writes the order of one.
-    """
-
-    def __init__(self, names: Sequence[str], write: Callable[[str], bytes]) -> None:
-        self._names, self._write = tuple(names), write
-
-    def __getitem__(self, name: str) -> bytes:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._write(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
 class OrderDesk:
     """Orders of one run, in the order of its rounds: train, validate, and at the end test.
 
@@ -179,10 +157,10 @@ class OrderDesk:
 
     # -- a round ------------------------------------------------------------------------------------------------
 
-    def training_orders(self) -> Orders:
+    def training_orders(self) -> Mapping[str, bytes]:
         """Order the participants of the next round to train, each from its own adapter."""
         self._attempt = uuid.uuid4().hex
-        return Orders(self.server.begin(), lambda name: self._order(TRAIN, name))
+        return LazyMapping(self.server.begin(), lambda name: self._order(TRAIN, name))
 
     def take_training(self, reports: Reports) -> bool:
         """Take what the participants trained, one after the other as they come, and mix it.
@@ -222,9 +200,9 @@ class OrderDesk:
         self._failed = 0
         return True
 
-    def validation_orders(self) -> Orders:
+    def validation_orders(self) -> Mapping[str, bytes]:
         """Order every client whose adapter changed to measure it."""
-        return Orders(self.server.changed(), lambda name: self._order(VALIDATE, name))
+        return LazyMapping(self.server.changed(), lambda name: self._order(VALIDATE, name))
 
     def take_validation(self, reports: Reports) -> dict[str, Any]:
         """Record and checkpoint the round; a client that did not measure counts as not improved.
@@ -253,9 +231,9 @@ class OrderDesk:
 
     # -- the end ------------------------------------------------------------------------------------------------
 
-    def test_orders(self) -> Orders:
+    def test_orders(self) -> Mapping[str, bytes]:
         """Order every client to write its best adapter and to measure it on its test cases."""
-        return Orders(self.server.names, lambda _: Parcel(TEST, {"run": self._run}).pack())
+        return LazyMapping(self.server.names, lambda _: Parcel(TEST, {"run": self._run}).pack())
 
     def take_tests(self, reports: Reports) -> dict[str, Mapping[str, Any]]:
         """Read what each client tells of its test: means and counts alone; what cannot be believed is passed over."""

@@ -1,0 +1,134 @@
+"""A federation of several machines on loopback, for tests: folders, the link, nodes and the operator as processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from pplr.runtimes.assembly import load_run_data
+from pplr.runtimes.identity import enroll_client, init_federation
+
+LIMIT_S = 180
+HOSTILE = Path(__file__).parent / "hostile_client.py"
+SETTINGS = (
+    "data.catalog=all",
+    "training.samples=null",
+    "evaluation.test_users=null",
+    "evaluation.validation_users=3",
+    "runtime.deadline_s=60",
+)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class Place:
+    """A federation's folders and processes below one folder."""
+
+    def __init__(self, root: Path, config, names: tuple[str, ...]) -> None:
+        self.root, self.config, self.names = root, config, names
+        self.port, self.stage_port = free_port(), free_port()
+        self.federation, self.state = root / "federation", root / "state"
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        init_federation(self.federation, "fed", ["127.0.0.1"], address="127.0.0.1:8443")
+        self.config_file = root / "config.yaml"
+        self.config_file.write_text(config.to_yaml())
+        data = load_run_data(config)
+        enroll_client(self.federation, "olga", root / "kits" / "olga", role="operator")
+        for name, users in zip(data.partition.names, data.partition.users, strict=True):
+            enroll_client(self.federation, name, root / "kits" / name)
+            self._split(name, {data.dataset.user_ids[user] for user in users})
+
+    def _split(self, name: str, kept: set[str]) -> None:
+        whole, folder = self.config.data.path, self.root / "data" / name
+        folder.mkdir(parents=True)
+        shutil.copy(whole / "tiny.item", folder)
+        for part in ("tiny.user", "tiny.inter"):
+            header, *lines = (whole / part).read_text().splitlines(keepends=True)
+            (folder / part).write_text(header + "".join(line for line in lines if line.split("\t")[0] in kept))
+
+    def log(self, name: str) -> str:
+        return (self.root / f"{name}.log").read_text(errors="replace")
+
+    def start(self, name: str, *arguments: str) -> None:
+        with (self.root / f"{name}.log").open("ab") as out:
+            program = [str(HOSTILE)] if name == "hostile" else ["-m", "pplr.apps.cli"]
+            command = [sys.executable, *program, *arguments]
+            environment = os.environ | {"FLWR_HOME": str(self.root / "flwr" / name)}
+            self.processes[name] = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+
+    def start_server(self, *more: str) -> None:
+        self.start("server", "server", "--federation", str(self.federation), "--state", str(self.state),
+                   "--listen", f"127.0.0.1:{self.port}", *more)  # fmt: skip
+        self.wait(lambda: self.listens() and self.log("server").count("may join") >= len(self.names), "server")
+
+    def listens(self) -> bool:
+        with socket.socket() as sock:
+            return sock.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def start_client(self, name: str, *more: str, kit: str | None = None, label: str | None = None) -> None:
+        label = label or f"client-{name}"
+        self.start(label, "client", "--kit", str(self.root / "kits" / (kit or name)), "--data",
+                   str(self.root / "data" / name), "--server", f"127.0.0.1:{self.port}", "--folder",
+                   str(self.root / label), *more)  # fmt: skip
+
+    def wait(self, condition: Callable[[], bool], of: str) -> None:
+        until = time.monotonic() + LIMIT_S
+        while not condition():
+            assert self.processes[of].poll() is None, self.log(of)
+            assert time.monotonic() < until, "it took too long:\n" + "\n".join(map(self.log, self.processes))
+            time.sleep(0.1)
+
+    def operators(self) -> list[str]:
+        """What the operator needs, on a machine of its own: who is enrolled, and two files of the server's state."""
+        federation, state = self.root / "operator" / "federation", self.root / "operator" / "state"
+        shutil.copytree(self.federation, federation, ignore=shutil.ignore_patterns("*.key"), dirs_exist_ok=True)
+        state.mkdir(exist_ok=True)
+        for name in ("link.json", "link.secret"):
+            shutil.copy(self.state / name, state)
+        return ["--federation", str(federation), "--state", str(state)]
+
+    def train(self, run: Path, *more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pplr.apps.cli", "train", str(self.config_file), "--run-dir", str(run),
+                   *self.operators(), *more]  # fmt: skip
+        return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+
+    def start_training(self, run: Path) -> None:
+        self.start("training", "train", str(self.config_file), "--run-dir", str(run), *self.operators())
+
+    def kill(self, name: str) -> None:
+        """Kill a process and what it started, at once."""
+        own = psutil.Process(self.processes[name].pid)
+        for process in [*own.children(recursive=True), own]:
+            process.kill()
+        self.processes.pop(name).wait()
+
+    def stop(self) -> None:
+        for process in reversed(list(self.processes.values())):
+            process.terminate()
+        for process in self.processes.values():
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def records(folder: Path) -> list[dict]:
+    found = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    for record in found:
+        for own in record["clients"].values():
+            own.pop("seconds", None)
+    return found
