@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.federation import federation
-from benchmarks.measuring import spread, write_result
+from benchmarks.measuring import spread, use_all_cores, write_result
 from pplr.config_files import load_config
 from pplr.runtimes import flower_federation
 from pplr.runtimes.launch import train
@@ -124,6 +124,7 @@ def main() -> None:
         f"a client that is started anew for a message: {loading:.1f} s until its libraries, model and data are loaded"
     )
     print(notes[-1], flush=True)
+    use_all_cores()  # a run may have set another number
     write_result("round_overhead", {"rows": [], "notes": notes, "runtimes": found, "started_anew_s": loading})
 
 

@@ -20,37 +20,44 @@ Matrix = NDArray[np.float64]
 _NOTHING = 1e-12
 _AT_ONCE = 256
 """Clients whose rows are multiplied with all others' at once."""
+_NUMBERS_AT_ONCE = 1 << 21
+"""Numbers of all clients together that are widened to float64 at once: blocks of that size the allocator uses again,
+while larger ones cost a page fault for every page, each time."""
 _PAIRS_AT_ONCE = 64
 """The same, where every pair takes R x R numbers."""
 
 
-def _flat(stack: Stack, name: str) -> Tensor:
-    """Read one tensor of all clients: (C, P), float64."""
-    return stack.rows(name).flatten(1).double()
+def _columns(clients: int, width: int) -> Iterator[slice]:
+    """Divide the numbers of a tensor into parts that are small for all clients together."""
+    step = max(1, _NUMBERS_AT_ONCE // clients)
+    for start in range(0, width, step):
+        yield slice(start, min(start + step, width))
 
 
-def _gram(rows: Tensor) -> Tensor:
-    """Multiply every two rows, each pair once: (C, P) -> (C, C)."""
-    gram = rows.new_empty(len(rows), len(rows))
-    for start in range(0, len(rows), _AT_ONCE):
-        end = start + _AT_ONCE
-        block = rows[start:end] @ rows[start:].T
-        gram[start:end, start:], gram[start:, start:end] = block, block.T
-    return gram.cpu()
+def _add_gram(gram: Tensor, rows: Tensor, less: Tensor | None = None) -> None:
+    """Multiply every two rows, each pair once, and add it: (C, P) to (C, C), float64."""
+    for part in _columns(*rows.shape):
+        some = rows[:, part].double()
+        if less is not None:
+            some -= less[part].to(some)
+        for start in range(0, len(rows), _AT_ONCE):
+            end = start + _AT_ONCE
+            block = (some[start:end] @ some[start:].T).cpu()
+            gram[start:end, start:] += block
+            gram[end:, start:end] += block[:, end - start :].T
 
 
 def _gram_of_adapters(stack: Stack, initial: AdapterState) -> Matrix:
     gram = torch.zeros(len(stack), len(stack), dtype=torch.float64)
     for name in initial:
-        gram += _gram(_flat(stack, name))
+        _add_gram(gram, stack.rows(name).flatten(1))
     return gram.numpy()
 
 
 def _gram_of_updates(stack: Stack, initial: AdapterState) -> Matrix:
     gram = torch.zeros(len(stack), len(stack), dtype=torch.float64)
     for name, start in initial.items():
-        rows = _flat(stack, name)
-        gram += _gram(rows - start.reshape(1, -1).to(rows))
+        _add_gram(gram, stack.rows(name).flatten(1), start.flatten())
     return gram.numpy()
 
 
@@ -208,21 +215,30 @@ def _mixed_layers(stack: Stack, weights: Matrix, averaging: str) -> Iterator[dic
         )
     average, table = AVERAGINGS[averaging], torch.from_numpy(np.ascontiguousarray(weights))
     for a_name, b_name in _pairs(stack.shapes):
-        a, b = stack.rows(a_name).double(), stack.rows(b_name).double()  # (C, R, D_in), (C, D_out, R)
+        a, b = stack.rows(a_name), stack.rows(b_name)  # (C, R, D_in), (C, D_out, R)
         mixed_a, mixed_b = average(a, b, table.to(a.device))
-        yield ({} if mixed_a is None else {a_name: mixed_a.float()}) | {b_name: mixed_b.float()}
+        yield ({} if mixed_a is None else {a_name: mixed_a}) | {b_name: mixed_b}
     for name in stack.shapes:
         if not is_lora(name):
-            rows = stack.rows(name).double()
-            yield {name: torch.einsum("ij,j...->i...", table.to(rows), rows).float()}
+            rows = stack.rows(name)
+            yield {name: _averaged(rows, table.to(rows.device))}
+
+
+def _averaged(rows: Tensor, weights: Tensor) -> Tensor:
+    """Mix rows in float64: (C, *shape) -> (C, *shape), float32."""
+    flat = rows.flatten(1)
+    mixed = torch.empty_like(flat, dtype=torch.float32)
+    for part in _columns(*flat.shape):
+        mixed[:, part] = weights @ flat[:, part].double()
+    return mixed.view(rows.shape)
 
 
 def _mix_factors(a: Tensor, b: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.einsum("ij,jrd->ird", weights, a), torch.einsum("ij,jor->ior", weights, b)
+    return _averaged(a, weights), _averaged(b, weights)
 
 
 def _mix_b(a: Tensor, b: Tensor, weights: Tensor) -> tuple[None, Tensor]:
-    return None, torch.einsum("ij,jor->ior", weights, b)
+    return None, _averaged(b, weights)
 
 
 def _mix_products(a: Tensor, b: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,6 +248,7 @@ def _mix_products(a: Tensor, b: Tensor, weights: Tensor) -> tuple[Tensor, Tensor
     does not use get the mixed A with B = 0, as LoRA starts: were both zero, no gradient would ever reach them. A
     client that mixes only from itself keeps its factors as they are.
     """
+    a, b = a.double(), b.double()
     count, rank, width_in = a.shape
     q_right, r_right = torch.linalg.qr(a.reshape(count * rank, width_in).T)  # (D_in, K), (K, CR)
     mixed_a, mixed_b = torch.empty_like(a), torch.empty_like(b)
@@ -247,7 +264,7 @@ def _mix_products(a: Tensor, b: Tensor, weights: Tensor) -> tuple[Tensor, Tensor
         mixed_a[i], mixed_b[i] = (weights[i, :, None, None] * a).sum(dim=0), 0
         mixed_b[i][:, :kept] = (q_left @ u[:, :kept]) * root
         mixed_a[i][:kept] = root[:, None] * (vt[:kept] @ q_right.T)
-    return mixed_a, mixed_b
+    return mixed_a.float(), mixed_b.float()
 
 
 AVERAGINGS = {"factors": _mix_factors, "freeze_a": _mix_b, "product": _mix_products}
