@@ -7,7 +7,9 @@ import sys
 
 from benchmarks.summary import write_summary
 
-BENCHMARKS = ("training", "clients", "bfloat16", "epoch", "network", "network_memory", "wire", "aggregation", "round_overhead")
+BENCHMARKS = (
+    "training", "clients", "bfloat16", "epoch", "network", "network_memory", "wire", "aggregation", "round_overhead"
+)  # fmt: skip
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ Answer = Callable[[Context, bytes], bytes]
 
 _RECORD, _KEY, _TYPE = "pplr", "parcel", "safetensors"
 _POLL_S = 0.2
-_JOIN_S = 600.0
+_LONGEST_JOIN_S = 600.0
 _AT_ONCE = 16
 """Messages that are asked for or sent at once, and so lie in memory together."""
 
@@ -88,6 +88,7 @@ class OrderStrategy(Strategy):
         gone: Set when the engine that carries the messages has ended, so that nothing waits for it.
         identify: Says which of the grid's nodes is which enrolled client now, by the keys that nodes hold; a client
             that it names no more is not heard. Where absent, a node is who it says it is.
+        join_s: Seconds that clients have to join; as long as for an exchange when absent.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class OrderStrategy(Strategy):
         progress: Progress,
         gone: threading.Event | None = None,
         identify: Callable[[Grid], Mapping[int, str]] | None = None,
+        join_s: float | None = None,
     ) -> None:
         self._names = tuple(names)
         self._greeting = greeting
@@ -109,6 +111,7 @@ class OrderStrategy(Strategy):
         self._known: Mapping[int, str] | None = None
         self._asked: dict[str, int] = {}
         self._deadline_s = deadline_s
+        self._join_s = deadline_s if join_s is None else join_s
         self._progress = progress
         self._nodes: dict[str, int] = {}
         self._stands = False
@@ -209,7 +212,7 @@ class OrderStrategy(Strategy):
             for node in nodes
         ]
         reports: dict[str, bytes] = {}
-        for reply in self._exchange(grid, "greeting the clients", asked):
+        for reply in self._exchange(grid, "greeting the clients", asked, self._join_s):
             node = reply.metadata.src_node_id
             known = None if self._known is None else self._known.get(node)
             whose = f"node {node}" if known is None else f"client {known}"
@@ -240,7 +243,7 @@ class OrderStrategy(Strategy):
 
     def _wait_for_nodes(self, grid: Grid) -> list[int]:
         """Wait until as many nodes are there as there are clients; of those that are identified, the enrolled alone."""
-        until = time.monotonic() + min(self._deadline_s, _JOIN_S)
+        until = time.monotonic() + min(self._join_s, _LONGEST_JOIN_S)
         while True:
             nodes = sorted(grid.get_node_ids())
             if self._identify is not None:
@@ -264,14 +267,16 @@ class OrderStrategy(Strategy):
             node = self._nodes[name]
             yield Message(content=_wrap(order), message_type=kind, dst_node_id=node, group_id=str(server_round))
 
-    def _exchange(self, grid: Grid, label: str, messages: Iterable[Message]) -> Iterator[Message]:
+    def _exchange(
+        self, grid: Grid, label: str, messages: Iterable[Message], within_s: float | None = None
+    ) -> Iterator[Message]:
         """Send messages, and hand each reply on as it comes, until all are there or the deadline is over."""
         self._asked = {}
         for some in _batches(messages):
             pushed = grid.push_messages(some)
             self._asked |= {one: message.metadata.dst_node_id for one, message in zip(pushed, some, strict=False)}
         left = set(self._asked)
-        until = time.monotonic() + self._deadline_s
+        until = time.monotonic() + (self._deadline_s if within_s is None else within_s)
         with self._progress.task(label, len(left), "clients") as advance:
             while left and time.monotonic() < until:
                 for asked in _batches(sorted(left)):

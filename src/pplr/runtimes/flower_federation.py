@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["client_names", "keep_nodes", "link_of", "prepare_link", "train"]
 
+_JOIN_S = 120.0
+"""Seconds that clients have to join at least: one that is just being started, or that lost its link, needs a minute."""
 _SECRET, _LINK = "link.secret", "link.json"
 
 
@@ -190,7 +192,8 @@ def train(
 
         deadline = config.runtime.deadline_s
         hello = greeting(config, hosted=middles is not None)
-        strategy = flower.OrderStrategy(names, hello, open_desk, deadline, writer, identify=identify)
+        join = max(deadline, _JOIN_S)
+        strategy = flower.OrderStrategy(names, hello, open_desk, deadline, writer, identify=identify, join_s=join)
         with flower_link.link_errors(link.address):
             with contextlib.closing(flower_link.Operator(link)) as operator:
                 run_id = operator.start_run()
