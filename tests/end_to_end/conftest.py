@@ -7,12 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.machines import SETTINGS, Place
+from pplr.data.sources import fetch_source
+from tests.end_to_end.machines import SETTINGS, Place, write_movielens
 
 
 @pytest.fixture
 def machines(tmp_path: Path, small_config, model_folder: Path) -> Iterator[Place]:
     config = small_config(f"backbone.model={model_folder}", *SETTINGS)
     made = Place(tmp_path, config, ("0", "1", "2"))
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def real_machines(tmp_path: Path, small_config, model_folder: Path, shared_cache: Path) -> Iterator[Place]:
+    """The same with real data: 24 users of MovieLens-100K."""
+    data = write_movielens(fetch_source("movielens-100k"), tmp_path / "movielens")
+    where = (f"data.path={data}", "data.partition.by=random", "data.partition.column=null")
+    made = Place(tmp_path, small_config(f"backbone.model={model_folder}", *SETTINGS, *where), ("0", "1", "2"))
     yield made
     made.stop()

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,21 @@ SETTINGS = (
     "evaluation.validation_users=3",
     "runtime.deadline_s=60",
 )
+
+
+def write_movielens(source: Path, folder: Path, users: int = 24) -> Path:
+    """Write the ratings of the users of MovieLens-100K who gave fewest, and the films they rated, as ``tiny.*``."""
+    parts = {
+        end: (source / f"ml-100k.{end}").read_text().splitlines(keepends=True) for end in ("inter", "user", "item")
+    }
+    given = Counter(line.split("\t")[0] for line in parts["inter"][1:])
+    kept = {user for user, _ in sorted(given.items(), key=lambda own: (own[1], own[0]))[:users]}
+    rated = {line.split("\t")[1] for line in parts["inter"][1:] if line.split("\t")[0] in kept}
+    folder.mkdir(parents=True)
+    for end, (header, *lines) in parts.items():
+        own = [line for line in lines if line.split("\t")[0] in (rated if end == "item" else kept)]
+        (folder / f"tiny.{end}").write_text("".join([header, *own]))
+    return folder
 
 
 def free_port() -> int:

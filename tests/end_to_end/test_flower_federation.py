@@ -16,6 +16,7 @@ from pplr.testing import same_state
 from tests.end_to_end.machines import LIMIT_S, Place, records
 
 pytest.importorskip("flwr")
+TITLES = ("Titanic", "Fargo")
 
 
 def test_three_machines_give_the_run_of_one_process(machines: Place, tmp_path: Path) -> None:
@@ -36,8 +37,9 @@ def test_three_machines_give_the_run_of_one_process(machines: Place, tmp_path: P
         assert same_state(load_adapter(adapter), load_adapter(here.folder / "clients" / name))
 
 
-def test_the_middle_blocks_stay_on_the_stage_server(machines: Place, tmp_path: Path) -> None:
-    """Three clients with different cuts hold bundles of their own blocks alone; it gives the run of one process."""
+def test_the_middle_blocks_stay_on_the_stage_server(real_machines: Place, tmp_path: Path) -> None:
+    """Real data, three clients with different cuts that hold bundles of their own blocks: the run of one process."""
+    machines = real_machines
     from pplr.backbones.adapters import load_adapter
     from pplr.backbones.bundles import write_bundles
     from pplr.testing import tiny_decoder, tiny_tokenizer
@@ -68,12 +70,25 @@ def test_the_middle_blocks_stay_on_the_stage_server(machines: Place, tmp_path: P
         (adapter,) = (tmp_path / f"client-{name}" / "runs").glob(f"*/clients/{name}")
         assert same_state(load_adapter(adapter), load_adapter(here.folder / "clients" / name))
     (own,) = (tmp_path / "client-1" / "runs").glob("*")
-    for ask in (("evaluate",), ("recommend", "--history", "Ash; Elm")):
+    for ask in (("evaluate",), ("recommend", "--history", "; ".join(TITLES))):
         verb, *more = ask
         machines.start(verb, verb, str(own), *more, "--kit", str(tmp_path / "kits" / "1"), *at_stage)
         assert machines.processes.pop(verb).wait(LIMIT_S) == 0, machines.log(verb)
     assert json.loads((own / "metrics.json").read_text())["clients"]["1"] == here.metrics["clients"]["1"]
-    best = here.recommend("1", history=["Ash", "Elm"])[0]
-    assert next(line for line in machines.log("recommend").splitlines() if line.strip().startswith("1 ")).split()[
-        1
-    ] == (best.title)
+    best = here.recommend("1", history=TITLES)[0]
+    first = next(line for line in machines.log("recommend").splitlines() if line.strip().startswith("1 "))
+    assert first.split()[-1] == best.item_id
+
+
+def test_the_simulation_engine_gives_the_same_on_real_data(real_machines: Place, tmp_path: Path) -> None:
+    from pplr.backbones.adapters import load_adapter
+
+    here = in_process.train(real_machines.config, tmp_path / "here")
+    run = ("--run-dir", str(tmp_path / "there"), "--set", "runtime.name=flower_simulation")
+    real_machines.start("simulation", "train", str(real_machines.config_file), *run)
+    assert real_machines.processes.pop("simulation").wait(LIMIT_S) == 0, real_machines.log("simulation")
+    assert records(tmp_path / "there") == records(here.folder)
+    for name in real_machines.names:
+        one, other = (load_adapter(folder / "clients" / name) for folder in (here.folder, tmp_path / "there"))
+        assert same_state(one, other)
+    assert json.loads((tmp_path / "there" / "metrics.json").read_text())["clients"] == here.metrics["clients"]
