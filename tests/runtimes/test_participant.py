@@ -143,6 +143,23 @@ def test_a_client_that_vanishes_is_left_out_and_comes_back_with_its_own_adapter(
     assert set(found.server.records[2]["clients"]) == {"0", "1", "2"}
 
 
+def test_a_report_that_comes_twice_counts_once(parties) -> None:
+    found, once = parties(), parties()
+    late = altered(found, "1", scaled(2.0))("1", dict(found.desk.training_orders())["1"])  # of another attempt
+    assert late is not None
+    orders = found.desk.training_orders()
+    reports = found.send(orders)
+    again = altered(found, "1", scaled(2.0))("1", orders["1"])
+    assert again is not None
+    assert found.desk.take_training([*reports, ("1", again), ("1", late)])
+    found.desk.take_validation(found.send(found.desk.validation_orders()))
+    once.round()
+    assert any("client 1 reports a training that nobody waits for" in note for note in found.notes)
+    assert any("client 1 answers an order that is over" in note for note in found.notes)
+    for name in found.participants:
+        assert same_state(found.server.adapter_of(name), once.server.adapter_of(name))
+
+
 def test_a_round_with_too_few_reports_is_ordered_again_and_then_given_up(parties) -> None:
     found = parties("federation.rounds=2", "runtime.attempts=3", "federation.fewest=2")
     asked: list[str] = []

@@ -19,7 +19,6 @@ from pplr.apps.options import wait_passively
 
 __all__ = ["client", "server"]
 
-
 _STAGE_STOPS_S = 90.0
 
 
@@ -59,14 +58,13 @@ def server(
         raise typer.BadParameter(f"{context.args[0]!r} is for a stage server, and --stage names no model")
     stopping, lost = threading.Event(), threading.Event()
     with ExitStack() as closing:
-        asked = closing.enter_context(_until_stopped())
-        threading.Thread(target=_insist, args=(asked, stopping), daemon=True).start()
+        threading.Thread(target=_insist, args=(_told_to_end(), stopping), daemon=True).start()
         if stage is not None:
             own = [stage, "--federation", str(federation), "--listen", stage_listen, "--state", str(state / "stage")]
             closing.enter_context(_stage_server([*own, *context.args], screen.line, lost))
         keeper = threading.Thread(target=keep_nodes, args=(federation, state, stopping, screen.line), daemon=True)
         keeper.start()
-        screen.line(f"serving the link on {listen}; its state is in {state}")
+        screen.line(f"serving the link on {listen}; what starts runs over it is in {state}")
         try:
             serve_link(host, int(port), federation, secret)
         finally:
@@ -139,15 +137,13 @@ def client(
     with screen.busy("loading libraries"):
         from pplr.runtimes.flower_node import run_node
     own = [f"data.path={json.dumps(str(data.resolve()))}", *(settings or ())]
-    with _until_stopped() as stopping:
-        run_node(kit, connect, folder, own, TerminalProgress(screen), stopping, stage_server)
+    run_node(kit, connect, folder, own, TerminalProgress(screen), _told_to_end(), stage_server)
     screen.line("stopped")
 
 
-@contextmanager
-def _until_stopped() -> Iterator[threading.Event]:
-    """Set an event when this process is told to end."""
+def _told_to_end() -> threading.Event:
+    """Make an event that is set once this process is told to end."""
     stopping = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopping.set())
-    yield stopping
+    return stopping

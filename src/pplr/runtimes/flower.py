@@ -128,7 +128,7 @@ class OrderStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Mix what they trained; there is no one array that all share."""
-        self._stands = self.desk.take_training(self._reports(replies))  # each as it comes
+        self._stands = self.desk.take_training(self._reports(replies))
         return None, None
 
     def configure_evaluate(
@@ -274,7 +274,11 @@ class OrderStrategy(Strategy):
         self._asked = {}
         for some in _batches(messages):
             pushed = grid.push_messages(some)
-            self._asked |= {one: message.metadata.dst_node_id for one, message in zip(pushed, some, strict=False)}
+            for one, message in zip(pushed, some, strict=False):
+                if one is None:  # the link did not take it, as when the node has gone meanwhile
+                    self._progress.note(f"node {message.metadata.dst_node_id} could not be sent its order")
+                else:
+                    self._asked[one] = message.metadata.dst_node_id
         left = set(self._asked)
         until = time.monotonic() + (self._deadline_s if within_s is None else within_s)
         with self._progress.task(label, len(left), "clients") as advance:

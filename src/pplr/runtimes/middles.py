@@ -28,7 +28,7 @@ class Middles(Protocol):
         """
 
     def offer(self, client: str, label: str, adapter: Mapping[str, Tensor]) -> None:
-        """Lay a middle adapter ready, which the client takes by its label."""
+        """Offer a client a whole middle adapter, which it takes by the label."""
 
 
 class StageMiddles:
@@ -58,7 +58,7 @@ class StageMiddles:
         return self._operator.adapter(client, client)
 
     def offer(self, client: str, label: str, adapter: Mapping[str, Tensor]) -> None:
-        """Lay a middle adapter ready, which the client takes by its label."""
+        """Offer a client a whole middle adapter, which it takes by the label."""
         self._operator.offer(client, client, label, adapter)
 
     def close(self) -> None:
