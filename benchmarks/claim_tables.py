@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.records import METRICS, Record, evaluation_of, read_record
-from benchmarks.tables import Section, command, known_interval, table
+from benchmarks.tables import Section, command, known_interval, table, where
 from pplr.recommend.evaluation import Evaluation, paired_bootstrap
 
 FEDERATED, ALONE = "pplr", "local"
@@ -140,13 +140,7 @@ def _notes(methods: Mapping[str, Seeds]) -> str:
             sizes.setdefault(seed, "/".join(str(client["users"]) for client in record["clients"].values()))
     distinct = list(dict.fromkeys(sizes[seed] for seed in sorted(sizes)))
     took = [f"{name} {_mean_rounds(own)} and {_minutes(own)}" for name, own in methods.items() if own]
-    machines = sorted(
-        {
-            f"{r['machine']['processor']}, {r['machine']['threads']} threads"
-            for own in methods.values()
-            for r in own.values()
-        }
-    )
+    machines = sorted({where(record["machine"]) for own in methods.values() for record in own.values()})
     return (
         f"- Test users of the clients: {'; '.join(distinct)}.\n"
         f"- Rounds and minutes a seed: {', '.join(took)}.\n"

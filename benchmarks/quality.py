@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import quality_parser, write_quality
-from benchmarks.records import first_difference, settings_of
+from benchmarks.records import first_difference, settings_of, where_trained
 from pplr.config_files import load_config
 from pplr.errors import PplrError, RunError
 
@@ -52,7 +52,8 @@ def train(config: Path, overrides: Sequence[str], seed: int, folder: Path) -> di
     rounds = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
     provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
     held = {key: value for key, value in provenance.items() if key.endswith("sha256")}
-    return {"seed": seed, "rounds": len(rounds), **held, **{key: told[key] for key in KEPT if key in told}}
+    measured = {key: told[key] for key in KEPT if key in told}
+    return {"seed": seed, "rounds": len(rounds), "machine": where_trained(provenance), **held, **measured}
 
 
 def main() -> None:

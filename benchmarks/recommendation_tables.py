@@ -43,7 +43,8 @@ def _section(holdout: str, results: dict[str, Result]) -> Section:
             notes.append(_sasrec_note(name, told))
         else:
             rows.append(training_row(name, told["runs"]))
-            notes.append(f"- {name}: `{command(told, 'pplr train')}`; {where(told['machine'])}.")
+            machine = told["machine"] | told["runs"][0].get("machine", {})
+            notes.append(f"- {name}: `{command(told, 'pplr train')}`; {where(machine)}.")
             floors |= told["runs"][0]["floors"]
     shown = {row[0] for row in rows}
     rows += [row(name, [{"overall": own}]) for name, own in sorted(floors.items()) if name not in shown]
@@ -86,8 +87,9 @@ def other_rows(told: Result) -> list[list[str]]:
 
 def _sasrec_note(name: str, told: Result) -> str:
     tried = ", ".join(f"{own['ndcg']:.4f}" for own in told["sasrec"]["tried"])
+    device = {"device": told["sasrec"]["device"]} if "device" in told["sasrec"] else {}
     return (
         f"- sasrec (`results/{name}.json`, {told['requirements'][0]}): {told['users']} test users; settings by "
         f"validation NDCG@10 out of {len(told['sasrec']['tried'])} ({tried}): `{told['sasrec']['chosen']}`; "
-        f"{where(told['machine'])}."
+        f"{where(told['machine'] | device)}."
     )

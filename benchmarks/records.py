@@ -27,6 +27,7 @@ def settings_of(config: Config) -> dict[str, Any]:
     """Tell what a result depends on: every field not at its default, but where it runs and where its data lie."""
     told = config.model_dump(mode="json", exclude_defaults=True)
     told.pop("runtime", None)
+    told.get("backbone", {}).pop("device", None)
     for name in ("path", "items_path"):
         told.get("data", {}).pop(name, None)
     return told
@@ -59,6 +60,13 @@ def check_metrics(config: Config) -> None:
         )
 
 
+def where_trained(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Tell the threads of a run, and the accelerator if there was one."""
+    told = provenance["machine"]
+    device = told.get("device", "cpu")
+    return {"threads": told["threads"]} | ({} if device == "cpu" else {"device": device})
+
+
 def record_of(run: Run) -> Record:
     """Sum up a finished run."""
     metrics, provenance = run.metrics, run.provenance
@@ -66,7 +74,7 @@ def record_of(run: Run) -> Record:
         raise RunError(f"the run in {run.folder} is not finished", cure="Run the same command again.")
     return {
         "settings": settings_of(run.config),
-        "machine": {"processor": machine()["processor"], "threads": provenance["machine"]["threads"]},
+        "machine": {"processor": machine()["processor"], **where_trained(provenance)},
         "holdout_sha256": provenance["holdout_sha256"],
         "rounds": [_round(own) for own in run.rounds],
         "seconds": {name: None if own is None else round(own, 1) for name, own in metrics["seconds"].items()},

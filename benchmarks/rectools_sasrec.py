@@ -4,7 +4,7 @@
 
 HISTORIES.json: ``items`` N, ``train`` U histories, ``validation`` U targets or null (not looked at),
 ``test_histories`` by user, ``settings`` (keyword arguments of SASRecModel), ``seeds``, ``check_every`` epochs,
-``patience`` checks, ``most_epochs``. The settings and the number of epochs are those of the best validation NDCG@10
+``patience`` checks, ``most_epochs``, ``device``, ``parallel`` trainings at once. The settings and the number of epochs are those of the best validation NDCG@10
 with the first seed; the other seeds train with the same settings and stop by the same rule.
 """
 
@@ -13,18 +13,19 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
+import multiprocessing
 import sys
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
 warnings.filterwarnings("ignore")
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
+import torch  # noqa: E402
 from pytorch_lightning import Trainer, seed_everything  # noqa: E402
 from rectools import Columns  # noqa: E402
 from rectools.dataset import Dataset  # noqa: E402
@@ -55,22 +56,26 @@ def scores(model: SASRecModel, histories: dict[int, list[int]], items: int) -> n
     return out
 
 
-def ndcg(table: np.ndarray, histories: dict[int, list[int]], targets: dict[int, int]) -> float:
+def ndcg(model: SASRecModel, histories: dict[int, list[int]], targets: dict[int, int]) -> float:
     """NDCG@10 of one target each, among all items that the history does not hold."""
-    gains = []
-    for row, (user, own) in zip(table, histories.items(), strict=True):
-        row[own] = -np.inf
-        rank = int((row > row[targets[user]]).sum()) + 1
-        gains.append(1 / math.log2(rank + 1) if rank <= 10 else 0.0)
-    return float(np.mean(gains))
+    told = model.recommend(
+        list(histories), dataset(histories), k=10, filter_viewed=True, on_unsupported_targets="ignore"
+    )
+    found = told[told[Columns.Item] == told[Columns.User].map(targets)]
+    return float(sum(1 / math.log2(rank + 1) for rank in found[Columns.Rank]) / len(histories))
 
 
-def trainer() -> Trainer:
+def trainer(device: str) -> Trainer:
     """Make a quiet trainer; how many epochs it trains is said later."""
     return Trainer(
         max_epochs=1, enable_progress_bar=False, enable_model_summary=False, logger=False, enable_checkpointing=False,
-        accelerator="cpu",
+        accelerator="cpu" if device == "cpu" else "gpu", devices=1,
     )  # fmt: skip
+
+
+def weights(model: SASRecModel) -> dict:
+    """Copy what a model has learned."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.torch_model.state_dict().items()}
 
 
 def without_scores(best: dict) -> dict:
@@ -81,35 +86,44 @@ def without_scores(best: dict) -> dict:
 def fit(told: dict, settings: dict, seed: int, test: dict[int, list[int]]) -> dict:
     """Train until validation no longer improves; keep the test scores of the best check."""
     seed_everything(seed, verbose=False)
+    torch.set_num_threads(told["threads"])
     train = {user: own for user, own in enumerate(told["train"]) if own}
     targets = {user: target for user, target in enumerate(told["validation"]) if target is not None and train.get(user)}
     histories = {user: train[user] for user in targets}
-    model = SASRecModel(**settings, get_trainer_func=trainer)
+    device = told["device"]
+    model = SASRecModel(**settings, get_trainer_func=lambda: trainer(device), recommend_torch_device=device)
     data, best, epochs, started = dataset(train), {"ndcg": -1.0}, 0, time.monotonic()
+    kept = None
     while epochs < told["most_epochs"]:
         model.fit_partial(data, min_epochs=told["check_every"], max_epochs=told["check_every"])
         epochs += told["check_every"]
-        reached = ndcg(scores(model, histories, told["items"]), histories, targets)
+        reached = ndcg(model, histories, targets)
+        print(json.dumps({"settings": settings, "epochs": epochs, "ndcg": reached}), flush=True)
         if reached > best["ndcg"]:
-            best = {"ndcg": reached, "epochs": epochs, "scores": scores(model, test, told["items"])}
+            best, kept = {"ndcg": reached, "epochs": epochs}, weights(model)
         elif epochs - best["epochs"] >= told["patience"] * told["check_every"]:
             break
     best["seconds"] = time.monotonic() - started
-    print(json.dumps({"settings": settings, "seed": seed, **without_scores(best)}), flush=True)
-    return best
+    print(json.dumps({"settings": settings, "seed": seed, **best}), flush=True)
+    model.torch_model.load_state_dict(kept)
+    return {**best, "scores": scores(model, test, told["items"])}
 
 
 def main(source: str, out: str) -> None:
     """Choose settings by the first seed, then train with every seed."""
     told = json.loads(Path(source).read_text(encoding="utf-8"))
     test = {int(user): own for user, own in told["test_histories"].items()}
-    tried = [fit(told, settings, told["seeds"][0], test) for settings in told["settings"]]
-    chosen = max(range(len(tried)), key=lambda number: tried[number]["ndcg"])
-    fitted = [tried[chosen], *(fit(told, told["settings"][chosen], seed, test) for seed in told["seeds"][1:])]
+    with ProcessPoolExecutor(told["parallel"], mp_context=multiprocessing.get_context("spawn")) as pool:
+        begun = [pool.submit(fit, told, settings, told["seeds"][0], test) for settings in told["settings"]]
+        tried = [future.result() for future in begun]
+        chosen = max(range(len(tried)), key=lambda number: tried[number]["ndcg"])
+        begun = [pool.submit(fit, told, told["settings"][chosen], seed, test) for seed in told["seeds"][1:]]
+        fitted = [tried[chosen], *(future.result() for future in begun)]
     summary = {
         "chosen": told["settings"][chosen],
         "tried": [{"settings": s, **without_scores(t)} for s, t in zip(told["settings"], tried, strict=True)],
         "runs": [without_scores(own) for own in fitted],
+        **({} if told["device"] == "cpu" else {"device": torch.cuda.get_device_name()}),
     }
     np.savez(
         out,

@@ -83,6 +83,8 @@ def add_arguments(
     parser.add_argument("--loss", choices=["softmax", "gBCE", "sampled_softmax"], default="softmax")
     parser.add_argument("--negatives", type=int, help="sampled items of gBCE and sampled_softmax")
     parser.add_argument("--train-batch", type=int, default=32, help="users of a batch")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--parallel", type=int, default=1, help="trainings at once, which share the cores")
 
 
 def histories_of(holdout: Holdout, cases: Sequence[Case]) -> dict[int, list[int]]:
@@ -132,6 +134,9 @@ def task(data: RunData, seeds: Sequence[int], arguments: argparse.Namespace) -> 
         "check_every": arguments.check_every,
         "patience": arguments.patience,
         "most_epochs": arguments.most_epochs,
+        "device": arguments.device,
+        "parallel": arguments.parallel,
+        "threads": max(1, len(os.sched_getaffinity(0)) // arguments.parallel),
     }
 
 

@@ -54,7 +54,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def where(machine: dict[str, Any]) -> str:
     """Name what was measured on."""
-    return f"{machine['processor']}, {machine['threads']} threads"
+    device = f"{machine['device']} beside " if "device" in machine else ""
+    return f"{device}{machine['processor']}, {machine['threads']} threads"
 
 
 def command(told: dict[str, Any], start: str) -> str:

@@ -24,7 +24,9 @@ def test_a_run_that_is_there_is_read_and_not_trained_again(tmp_path, monkeypatch
         told = {"overall": {"ndcg@10": 0.1}, "spread": {}, "clients": {"0": {}}, "seconds": {"total": 1.0}}
         (tmp_path / "metrics.json").write_text(json.dumps(told))
         (tmp_path / "rounds.jsonl").write_text("{}\n{}\n")
-        (tmp_path / "provenance.json").write_text(json.dumps({"holdout_sha256": "h", "versions": {}}))
+        (tmp_path / "provenance.json").write_text(
+            json.dumps({"holdout_sha256": "h", "versions": {}, "machine": {"threads": 1}})
+        )
         return subprocess.CompletedProcess(command, 0)
 
     config = tmp_path / "c.yaml"

@@ -132,6 +132,11 @@ def write_own(folder: Path, config: Config, client: str, *, hosted: bool) -> Non
     write_atomic(folder / "config.yaml", config.to_yaml().encode())
 
 
+def device_name(device: torch.device) -> str:
+    """Name what a backbone computes on: ``cpu``, or an accelerator as its driver calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def write_start(folder: Path, assembly: Assembly) -> None:
     """Write the configuration and where everything came from; a run that goes on must find the same there."""
     import numpy
@@ -151,7 +156,11 @@ def write_start(folder: Path, assembly: Assembly) -> None:
             "peft": peft.__version__,
             "numpy": numpy.__version__,
         },
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+        "machine": {
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "device": device_name(assembly.backbone.device),
+        },
         "data": {
             "source": data.dataset.name,
             "users": len(data.dataset.user_ids),
