@@ -1,4 +1,7 @@
-"""Run every benchmark, each in a process of its own, then write the summary and ``docs/benchmarks.md``."""
+"""Run every benchmark, each in a process of its own, then write the summary and ``docs/benchmarks.md``.
+
+``gpu`` needs a GPU, and runs where it is named.
+"""
 
 from __future__ import annotations
 

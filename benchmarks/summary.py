@@ -12,7 +12,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 
 
 def _bound(row: dict[str, Any]) -> str:
-    return f"at least {row['at_least']}" if "at_least" in row else f"at most {row['at_most']}"
+    word, bound = ("least", row["at_least"]) if "at_least" in row else ("most", row["at_most"])
+    return f"at {word} {round(bound, 2)}"
 
 
 def write_summary() -> None:
@@ -31,6 +32,8 @@ def write_summary() -> None:
         ]
         machine = content["machine"]
         where = f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}"
+        if "device" in content:
+            where = f"{content['device']}; {where}"
         detail = [f"Measured on {where}, transformers {machine['transformers']}, peft {machine['peft']}."]
         detail += [f"- {note}" for note in content.get("notes", [])]
         for name, rate in content.get("samples_per_second", {}).items():

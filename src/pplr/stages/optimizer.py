@@ -81,9 +81,7 @@ class StageOptimizer:
         for factor, of_ends in ((1.0, False), (self.config.ends_rate, True)):
             own = [parameter for name, parameter in self.parameters.items() if is_end(name) == of_ends]
             groups += [{"params": own, "factor": factor}] if own else []
-        return torch.optim.AdamW(
-            groups, lr=self.config.learning_rate, weight_decay=self.config.weight_decay, foreach=False
-        )
+        return torch.optim.AdamW(groups, lr=self.config.learning_rate, weight_decay=self.config.weight_decay)
 
     def begin_round(self, total_steps: int, objective: LocalObjective, anchor: AdapterState | None) -> None:
         """Prepare a round of local training.
@@ -118,13 +116,16 @@ class StageOptimizer:
 
         To be called once before each step, since the term is added each time.
         """
-        total = 0.0
+        squares: list[Tensor] = []
         for name, parameter in self.parameters.items():
             if name in self._anchor and parameter.requires_grad:
                 pull = self._objective.proximal_mu * (parameter.detach() - self._anchor[name])
                 parameter.grad = pull if parameter.grad is None else parameter.grad + pull
             if parameter.grad is not None:
-                total += float(parameter.grad.double().square().sum())
+                squares.append(parameter.grad.double().square().sum())
+        total = 0.0
+        for square in torch.stack(squares).tolist() if squares else ():  # an accelerator is waited for once
+            total += square
         return total
 
     def step(self, scale: float) -> None:
