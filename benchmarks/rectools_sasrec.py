@@ -4,8 +4,9 @@
 
 HISTORIES.json: ``items`` N, ``train`` U histories, ``validation`` U targets or null (not looked at),
 ``test_histories`` by user, ``settings`` (keyword arguments of SASRecModel), ``seeds``, ``check_every`` epochs,
-``patience`` checks, ``most_epochs``, ``device``, ``parallel`` trainings at once. The settings and the number of epochs are those of the best validation NDCG@10
-with the first seed; the other seeds train with the same settings and stop by the same rule.
+``patience`` checks, ``most_epochs``, ``device``, ``parallel`` trainings at once, ``threads`` of each. Settings and
+number of epochs are those of the best validation NDCG@10 with the first seed; the other seeds train with the same
+settings and stop by the same rule.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A grid is a YAML file of trials, each a list of settings. Test cases are measured by no trial.
 
-    python -m benchmarks.tune configs/games_item_vectors.yaml --grid benchmarks/grids/games.yaml --name games --parallel 2
+    python -m benchmarks.tune configs/games_item_vectors.yaml --grid benchmarks/grids/games.yaml --name games
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def read_grid(path: Path, common: Sequence[str] = ()) -> list[Trial]:
     try:
         told = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the grid {path}: {error}", cure=cure) from error
+        raise ConfigError(f"cannot read the grid {path}: {' '.join(str(error).split())}", cure=cure) from error
     if not isinstance(told, dict) or not all(
         isinstance(own, list) and all(isinstance(setting, str) for setting in own) for own in told.values()
     ):
-        raise ConfigError(f"{path} is no grid", cure=cure)
+        raise ConfigError(f"{path} is no grid of trials", cure=cure)
     return [Trial(str(name), [*common, *own]) for name, own in told.items()]
 
 
