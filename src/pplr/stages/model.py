@@ -186,8 +186,13 @@ class ClientModel:
 
     # -- whole sequences --------------------------------------------------------------------------------------
 
-    def train_loss(self, batch: Batch, dropout_seed: int) -> Tensor:
-        """Sum the loss over a batch's targets, ready for ``backward``, which crosses the cut again."""
+    def train_loss(self, batch: Batch, dropout_seed: int | None) -> Tensor:
+        """Sum the loss over a batch's targets, ready for ``backward``, which crosses the cut again.
+
+        Args:
+            batch: Padded on the right.
+            dropout_seed: Seed of this pass's dropout masks; ``None`` drops nothing.
+        """
         states = self.backbone.embed(batch.input_ids, self._members[0].ends, dropout_seed)  # (B, T) -> (B, T, D)
         call = StageCall(dropout_seed=dropout_seed, lengths=batch.lengths)
         states = self._stages[0].run(self._members[0], states, call)

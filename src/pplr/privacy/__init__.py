@@ -1,0 +1,1 @@
+"""What leaks at the cut, measured by attacks that are run, and what guards against it."""

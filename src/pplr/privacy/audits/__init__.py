@@ -1,0 +1,23 @@
+"""The attacks, one file each.
+
+A new attack is a file that registers a subclass of :class:`Audit`, an import here, and a contract test.
+"""
+
+from pplr.privacy.audits.base import AUDITS, Attacker, Audit, Guess, Knowledge, make_audit
+from pplr.privacy.audits.catalog_matching import CatalogMatching
+from pplr.privacy.audits.logit_lens import LogitLens
+from pplr.privacy.audits.nearest_embedding import NearestEmbedding
+from pplr.privacy.audits.vocabulary_matching import VocabularyMatching
+
+__all__ = [
+    "AUDITS",
+    "Attacker",
+    "Audit",
+    "CatalogMatching",
+    "Guess",
+    "Knowledge",
+    "LogitLens",
+    "NearestEmbedding",
+    "VocabularyMatching",
+    "make_audit",
+]

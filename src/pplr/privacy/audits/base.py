@@ -1,0 +1,123 @@
+"""What an attack is: what it is given, and what it answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from pplr.backbones.item_vectors import ItemVectors
+from pplr.data.interactions import Catalog
+from pplr.errors import ConfigError, nearest
+from pplr.privacy.observing import Observation
+from pplr.privacy.replica import Replica
+
+__all__ = ["AUDITS", "Attacker", "Audit", "Guess", "Knowledge", "make_audit", "register"]
+
+Knowledge = Literal["own", "mixed", "base", "pairs"]
+"""What the attacker has: the client's ``own`` adapter; a ``mixed`` one, of the other clients; the public ``base`` and
+the initial adapter; or no weights at all, but ``pairs`` of auxiliary texts and the client's states of them."""
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What an attack says of one user's pass.
+
+    Args:
+        tokens: T tokens, ``None`` where it says nothing; ``None`` for an attack on the target alone.
+        targets: Items, the likeliest target first; ``None`` to read it off the tokens.
+    """
+
+    tokens: tuple[int | None, ...] | None = None
+    targets: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Attacker:
+    """What an attack may use, besides what it sees.
+
+    Args:
+        knowledge: What it has.
+        replica: The client's stages with the adapter that it has. With ``pairs`` only auxiliary texts may be run.
+        catalog: The public catalog.
+        popularity: (N,), how often each item is taken, which it is taken to know.
+        auxiliary: Draws passes of public text, such as prompts of titles drawn by popularity; each a row of tokens.
+        prefix: Tokens with which every pass begins.
+        through: What becomes of states on their way to the server; the attacker knows how, not with which noise.
+        seed: Of its draws.
+    """
+
+    knowledge: Knowledge
+    replica: Replica
+    catalog: Catalog
+    popularity: Tensor
+    auxiliary: Callable[[int, int], list[tuple[int, ...]]]
+    prefix: tuple[int, ...] = ()
+    through: Callable[[Tensor], Tensor] = field(default=lambda states: states)
+    seed: int = 0
+
+    @property
+    def reads_items(self) -> bool:
+        """Whether tokens are items."""
+        return isinstance(self.replica.backbone, ItemVectors)
+
+    def known(self, length: int) -> list[int | None]:
+        """Write down what is known of a pass before the attack: its beginning."""
+        return [*self.prefix[:length], *[None] * (length - len(self.prefix))]
+
+    def targets_of(self, last: Tensor) -> tuple[int, ...] | None:
+        """Where tokens are items, the candidates of the last position are those for the target; else ``None``."""
+        return tuple(last.tolist()) if self.reads_items else None
+
+    def auxiliary_pairs(self, passes: int, draw: int = 0) -> tuple[Tensor, Tensor]:
+        """Run auxiliary passes: tokens (M,) and the states that the server would see of them (M, D)."""
+        tokens, states = [], []
+        for row in self.auxiliary(passes, self.seed + draw):
+            ids = torch.tensor([row])
+            tokens.append(ids[0])
+            states.append(self.through(self.replica.states(ids))[0].cpu())
+        return torch.cat(tokens), torch.cat(states)
+
+
+class Audit(ABC):
+    """An attack, in a file of its own.
+
+    Attributes:
+        name: How it is asked for.
+        knows: The levels of knowledge at which it can be run.
+        sees_gradients: Whether it needs what comes back in training.
+    """
+
+    name: ClassVar[str]
+    knows: ClassVar[tuple[Knowledge, ...]] = ("own", "mixed", "base")
+    sees_gradients: ClassVar[bool] = False
+
+    @abstractmethod
+    def attack(self, seen: Sequence[Observation], attacker: Attacker) -> list[Guess]:
+        """Guess what each observed pass holds."""
+
+
+AuditT = TypeVar("AuditT", bound=Audit)
+
+AUDITS: dict[str, type[Audit]] = {}
+
+
+def register(audit: type[AuditT]) -> type[AuditT]:
+    """Register an attack under its ``name``; used as a decorator."""
+    AUDITS[audit.name] = audit
+    return audit
+
+
+def make_audit(name: str) -> Audit:
+    """Make an attack by its name.
+
+    Raises:
+        ConfigError: No attack has that name.
+    """
+    if name not in AUDITS:
+        raise ConfigError(f"no audit is called {name!r}", cure=nearest(name, AUDITS))
+    return AUDITS[name]()

@@ -1,0 +1,63 @@
+"""Try tokens from left to right and keep the one whose state is nearest to what was seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pplr.privacy.audits.base import Attacker, Audit, Guess, Knowledge, register
+from pplr.privacy.audits.shortlist import Shortlist
+from pplr.privacy.observing import Observation
+
+__all__ = ["VocabularyMatching", "nearest_pairs"]
+
+_SHORT = 128
+_PASSES = 256
+
+
+@register
+class VocabularyMatching(Audit):
+    """x_t = argmin_v ‖f(x_1 … x_{t-1} v)_t − h_t‖.
+
+    A decoder's state depends on what came before alone, so tokens fall one after the other. Each position tries the
+    candidates that a learned map finds most likely. Where the attacker has no weights, it takes the token of the
+    nearest state among those of auxiliary text.
+
+    Cites:
+        thomas2025hidden
+    """
+
+    name: ClassVar[str] = "vocabulary_matching"
+    knows: ClassVar[tuple[Knowledge, ...]] = ("own", "mixed", "base", "pairs")
+
+    def attack(self, seen: Sequence[Observation], attacker: Attacker) -> list[Guess]:
+        """Guess token after token."""
+        if attacker.knowledge == "pairs":
+            return nearest_pairs(seen, attacker)
+        shortlist, vocabulary = Shortlist(attacker), attacker.replica.vocabulary()
+
+        def proposing(own: Observation) -> Callable[[int, tuple[int, ...]], Tensor]:
+            return lambda position, before: shortlist.ranked(own.states[position], vocabulary, _SHORT)
+
+        return [guess_of(attacker, own, proposing(own)) for own in seen]
+
+
+def guess_of(attacker: Attacker, own: Observation, propose: Callable[[int, tuple[int, ...]], Tensor]) -> Guess:
+    """Walk one pass from left to right."""
+    ranked = [order for order, _ in attacker.replica.walk(own.states, attacker.known(own.length), propose)]
+    return Guess(tuple(int(order[0]) for order in ranked), attacker.targets_of(ranked[-1][:10]))
+
+
+def nearest_pairs(seen: Sequence[Observation], attacker: Attacker) -> list[Guess]:
+    """Take the token of the nearest state of auxiliary text, at each position by itself."""
+    tokens, states = attacker.auxiliary_pairs(_PASSES)
+    guesses = []
+    for own in seen:
+        order = torch.cdist(own.states.cpu(), states).argsort(dim=-1)  # (T, M)
+        near = tokens[order]
+        targets = attacker.targets_of(torch.tensor(list(dict.fromkeys(near[-1].tolist()))[:10]))
+        guesses.append(Guess((*attacker.prefix, *near[len(attacker.prefix) :, 0].tolist())[: own.length], targets))
+    return guesses

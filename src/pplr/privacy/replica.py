@@ -1,0 +1,125 @@
+"""The attacker's own copy of the client's stages, by what it knows of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pplr.backbones.adapters import AdapterState
+from pplr.backbones.base import Backbone
+from pplr.backbones.causal_lm import CausalLM
+from pplr.backbones.item_vectors import ItemVectors
+from pplr.config import AdapterConfig, TrainingConfig
+from pplr.stages.cut import CutPlan
+from pplr.stages.stage import Member, Stage, StageCall
+
+__all__ = ["Replica"]
+
+_ROWS = 512
+"""Candidates that run at once."""
+
+
+class Replica:
+    """Embeddings, input stage and output stage with an adapter that the attacker has.
+
+    Args:
+        backbone: The public base.
+        plan: The cut.
+        config: LoRA's settings.
+        adapter: What the attacker has: the client's own adapter, another's, or the initial one.
+    """
+
+    def __init__(self, backbone: Backbone, plan: CutPlan, config: AdapterConfig, adapter: AdapterState) -> None:
+        self.backbone = backbone
+        self.plan = plan
+        self._input = Stage(backbone, plan.input, config, "input")
+        self._output = Stage(backbone, plan.output, config, "output")
+        training = TrainingConfig()
+        self._first = Member(self._input, adapter, training)
+        self._last = Member(self._output, adapter, training)
+
+    @property
+    def output_ends(self) -> Mapping[str, Tensor]:
+        """What is trained at the output end."""
+        return self._last.ends
+
+    @torch.no_grad()
+    def embeddings(self, tokens: Tensor) -> Tensor:
+        """Look up what enters the first block: (M,) -> (M, D) float32."""
+        return self.backbone.embed(tokens[None].to(self.backbone.device), self._first.ends)[0].float()
+
+    @torch.no_grad()
+    def states(self, rows: Tensor) -> Tensor:
+        """Run tokens up to the first cut: (B, T) -> (B, T, D) float32."""
+        entering = self.backbone.embed(rows.to(self.backbone.device), self._first.ends)
+        return self._input.run(self._first, entering, StageCall()).float()
+
+    def leave(self, states: Tensor) -> Tensor:
+        """Run states of the second cut through the output stage: (B, T, D) -> (B, T, D), with gradients if wanted."""
+        return self._output.run(self._last, states.to(self.backbone.dtype), StageCall())
+
+    def vocabulary(self) -> Tensor:
+        """List everything that a token may be: (V,)."""
+        if isinstance(self.backbone, ItemVectors):
+            return torch.arange(len(self.backbone.vectors))
+        if isinstance(self.backbone, CausalLM):
+            return torch.arange(self.backbone.model.get_input_embeddings().weight.shape[0])
+        raise TypeError(type(self.backbone).__name__)
+
+    @torch.no_grad()
+    def walk(
+        self, seen: Tensor, known: Sequence[int | None], propose: Callable[[int, tuple[int, ...]], Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Recover tokens from left to right: try candidates at one position, and go on from the nearest.
+
+        A decoder's state depends on what came before alone, so what was recovered is run once and kept.
+
+        Args:
+            seen: (T, D), states at the first cut.
+            known: T tokens, ``None`` where one is to be recovered.
+            propose: Gives the candidates of a position, after the tokens before it: (S,).
+
+        Yields:
+            Of each position the candidates, nearest first, and their distances: two (S,).
+        """
+        cache = self.backbone.new_cache(self._input.blocks) if len(self.plan.input) else None
+        found: list[int] = []
+        waiting: list[int] = []
+        for position, token in enumerate(known):
+            if token is not None:
+                waiting.append(token)
+                found.append(token)
+                yield torch.tensor([token]), torch.zeros(1)
+                continue
+            if waiting and cache is not None:
+                self._extend(torch.tensor([waiting]), len(found) - len(waiting), cache)
+            waiting = []
+            candidates = propose(position, tuple(found))
+            states = self._try(candidates, len(found), cache)
+            distances = (states - seen[position].to(states)).norm(dim=-1)
+            order = distances.argsort(stable=True).cpu()
+            found.append(int(candidates[order[0]]))
+            waiting = [found[-1]]
+            yield candidates[order], distances.cpu()[order]
+
+    def _extend(self, rows: Tensor, past: int, cache: object) -> Tensor:
+        entering = self.backbone.embed(rows.to(self.backbone.device), self._first.ends)
+        position_ids = torch.arange(past, past + rows.shape[1], device=entering.device)[None].expand(len(rows), -1)
+        return self._input.run(self._first, entering, StageCall(position_ids=position_ids), cache).float()
+
+    def _try(self, candidates: Tensor, past: int, cache: object) -> Tensor:
+        """Run candidates after what a cache holds, which stays as it is: (S,) -> (S, D)."""
+        if cache is None:
+            return self.embeddings(candidates)
+        parts = []
+        for part in candidates.split(_ROWS):
+            if past == 0:
+                parts.append(self.states(part[:, None])[:, -1])
+                continue
+            cache.batch_repeat_interleave(len(part))  # type: ignore[attr-defined]
+            parts.append(self._extend(part[:, None], past, cache)[:, -1])
+            cache.crop(-1)  # type: ignore[attr-defined]
+            cache.reorder_cache(torch.zeros(1, dtype=torch.long, device=parts[-1].device))  # type: ignore[attr-defined]
+        return torch.cat(parts)

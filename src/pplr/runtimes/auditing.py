@@ -1,0 +1,321 @@
+"""The audit of a finished run: attacks on what its server sees, scored, beside what its recommendations are worth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pplr.backbones.adapters import AdapterState, check_adapter, load_adapter
+from pplr.backbones.base import Batch
+from pplr.backbones.causal_lm import CausalLM
+from pplr.config import CutConfig
+from pplr.data.prompts import Sample
+from pplr.errors import ConfigError, RunError
+from pplr.privacy.audits import AUDITS, Attacker, Knowledge, make_audit
+from pplr.privacy.observing import Observation, Spy, observe, secret_of
+from pplr.privacy.replica import Replica
+from pplr.privacy.scoring import Reader, baseline, interval, score
+from pplr.progress import Progress, Silent
+from pplr.recommend.evaluation import evaluate
+from pplr.runtimes.assembly import Assembly
+from pplr.runtimes.run import Run
+from pplr.seeds import derive_seed, generator
+from pplr.stages.cut import CutPlan
+from pplr.stages.model import CutModel
+from pplr.storage import write_json
+
+__all__ = ["AuditSettings", "audit_run"]
+
+_METRIC = "ndcg@10"
+_AUXILIARY_FOR_SCALE = 16
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """What is audited.
+
+    Args:
+        audits: Names of attacks; all when empty.
+        knowledge: What attackers have; every level that an attack can be run at when empty.
+        users: Users whose passes are attacked.
+        cuts: Pairs of k and m; the run's own when empty.
+        noises: Standard deviations of noise on hidden states, as multiples of theirs.
+        wire: How states travel; the run's own way when absent.
+        ranked_users: Users whose rankings are measured where there is noise; all when absent.
+        seed: Of the draws of users, auxiliary text and noise.
+    """
+
+    audits: tuple[str, ...] = ()
+    knowledge: tuple[Knowledge, ...] = ()
+    users: int = 20
+    cuts: tuple[tuple[int, int], ...] = ()
+    noises: tuple[float, ...] = (0.0,)
+    wire: Literal["exact", "float32", "bfloat16", "int8"] | None = None
+    ranked_users: int | None = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in self.audits:
+            make_audit(name)
+        if self.users < 2:
+            raise ConfigError(f"{self.users} users are to be audited", cure="Audit at least two, for an interval.")
+        if any(not np.isfinite(noise) or noise < 0 for noise in self.noises):
+            raise ConfigError(f"noise of {self.noises}", cure="Give 0 or more, as a multiple of the states' own size.")
+
+
+def audit_run(run: Run, settings: AuditSettings | None = None, progress: Progress | None = None) -> dict[str, Any]:
+    """Attack what the server of a run sees, and write ``audit.json`` into its folder.
+
+    Args:
+        run: A finished run of ``causal_lm`` or ``item_vectors``.
+        settings: What is audited.
+        progress: Told of every step.
+
+    Returns:
+        The content of ``audit.json``: for each cut and noise the run's worth and, for each attack and what its attacker
+        has, each metric's mean over users with its interval, beside that of a guess without any state.
+
+    Raises:
+        RunError: The run is not finished.
+        ConfigError: The run is not cut and no cut is given, or its backbone is not audited yet.
+    """
+    settings, progress = settings or AuditSettings(), progress or Silent()
+    if run.metrics is None:
+        raise RunError(f"the run in {run.folder} is not finished", cure="Train it to its end with --resume.")
+    work = _Work(run, settings, progress)
+    began = time.perf_counter()
+    content: dict[str, Any] = {
+        "backbone": run.config.backbone.name,
+        "method": run.config.federation.method,
+        "cut": run.metrics["cut"],
+        "users": len(work.secrets),
+        "seed": settings.seed,
+        "wire": work.wire,
+        "baseline": interval([baseline(own, work.popularity, work.reader) for own in work.secrets], settings.seed),
+        "settings": [found for plan in work.plans for found in work.at(plan)],
+    }
+    content["seconds"] = time.perf_counter() - began
+    write_json(run.folder / "audit.json", content)
+    return content
+
+
+class _Work:
+    """One audit: the passes that are attacked, and what attackers have.
+
+    Args:
+        run: The run.
+        settings: What is audited.
+        progress: Told of every step.
+    """
+
+    def __init__(self, run: Run, settings: AuditSettings, progress: Progress) -> None:
+        self.run, self.settings, self.progress = run, settings, progress
+        self.assembly: Assembly = run.assembly(progress)
+        self.backbone, self.data = self.assembly.backbone, self.assembly.data
+        self.catalog = self.data.dataset.catalog
+        self.reader = Reader(self.backbone, self.catalog)
+        self.wire = settings.wire or run.config.runtime.wire
+        names = self.data.partition.names
+        self.adapters = {name: load_adapter(run.folder / "clients" / name) for name in names}
+        for name, adapter in self.adapters.items():
+            check_adapter(adapter, self.assembly.model.shapes, whose=f"the saved adapter of client {name}")
+        taken = np.zeros(len(self.catalog), dtype=np.int64)
+        for own in self.data.holdout.train:
+            np.add.at(taken, own, 1)
+        self.popularity = torch.from_numpy(taken)
+        self.drawn = self._draw()
+        items = run.config.data.history_items
+        self.secrets = [secret_of(self.backbone, own, name, self.catalog, items) for name, own in self.drawn]
+
+    @property
+    def plans(self) -> list[CutPlan]:
+        """The cuts that are audited."""
+        total = self.backbone.total_layers
+        if not self.settings.cuts:
+            if self.assembly.plan.is_whole:
+                raise ConfigError(
+                    "this run is not cut, so no server saw a state", cure="Give the cut to audit, with --cut K,M."
+                )
+            return [self.assembly.plan]
+        return [CutPlan.make(CutConfig(input_layers=k, output_layers=m), total) for k, m in self.settings.cuts]
+
+    def _draw(self) -> list[tuple[str, Sample]]:
+        """Draw users, and of each the newest training pass."""
+        newest = {(name, own.user): own for name, samples in self.data.samples.items() for own in samples}
+        keys = sorted(newest)
+        count = min(self.settings.users, len(keys))
+        chosen = generator(self.settings.seed, "audited users").choice(len(keys), count, replace=False)
+        return [(keys[place][0], newest[keys[place]]) for place in sorted(chosen.tolist())]
+
+    def at(self, plan: CutPlan) -> Iterator[dict[str, Any]]:
+        """Audit one cut, at each noise."""
+        config = self.run.config
+        model = CutModel(self.backbone, plan, config.adapter, config.training)
+        for noise in self.settings.noises:
+            through = self._through(plan, noise)
+            seen = [self._observe(model, name, own, through) for name, own in self.drawn]
+            yield {
+                "cut": {
+                    "input_layers": plan.input_layers,
+                    "output_layers": plan.output_layers,
+                    "total_layers": plan.total_layers,
+                },
+                "noise": noise,
+                _METRIC: self._worth(model, through, noise),
+                "audits": [self._attack(name, level, plan, seen, through) for name, level in self._attacks()],
+            }
+
+    def _attacks(self) -> list[tuple[str, Knowledge]]:
+        wanted = self.settings.knowledge
+        found: list[tuple[str, Knowledge]] = []
+        for name in self.settings.audits or AUDITS:
+            found += [(name, level) for level in AUDITS[name].knows if not wanted or level in wanted]
+        alone = (
+            len({id(own) for own in self.adapters.values()}) < 2 or self.run.config.federation.method == "centralized"
+        )
+        return [(name, level) for name, level in found if not (level == "mixed" and alone)]
+
+    def _observe(self, model: CutModel, name: str, own: Sample, through: Callable[[Tensor], Tensor]) -> Observation:
+        encoded = self.backbone.encode([own], self.catalog, self.run.config.data.history_items)
+        batch: Batch = self.backbone.collate(encoded)
+        return observe(model, self.adapters[name], batch, through)
+
+    def _through(self, plan: CutPlan, noise: float) -> Callable[[Tensor], Tensor]:
+        """Make what becomes of states on their way: noise, and rounding."""
+        size, source = 0.0, torch.Generator().manual_seed(derive_seed(self.settings.seed, "noise", str(noise)))
+        if noise > 0:
+            replica = Replica(self.backbone, plan, self.run.config.adapter, self.assembly.initial)
+            rows = self.auxiliary(_AUXILIARY_FOR_SCALE, derive_seed(self.settings.seed, "scale"))
+            states = torch.cat([replica.states(torch.tensor([row]))[0] for row in rows])
+            size = noise * float(states.square().mean().sqrt())
+
+        def changed(states: Tensor) -> Tensor:
+            if size > 0:
+                drawn = torch.randn(states.shape, generator=source).to(states.device)
+                states = (states.float() + size * drawn).to(states.dtype)
+            return _rounded(states, self.wire)
+
+        return changed
+
+    def _worth(self, model: CutModel, through: Callable[[Tensor], Tensor], noise: float) -> dict[str, Any]:
+        """Measure the recommendations: the run's own where nothing is added, else those of users drawn anew."""
+        config, most = self.run.config, self.settings.ranked_users
+        if not any(self.settings.noises):
+            told = self.run.metrics or {}
+            return {"mean": told["overall"][_METRIC], "users": sum(own["users"] for own in told["clients"].values())}
+        cases = {name: list(own) for name, own in self.data.test.items()}
+        every = [(name, case) for name, own in cases.items() for case in own]
+        if most is not None and most < len(every):
+            chosen = generator(self.settings.seed, "ranked users").choice(len(every), most, replace=False)
+            kept = {every[place][1].user for place in chosen.tolist()}
+            cases = {name: [case for case in own if case.user in kept] for name, own in cases.items()}
+        rankers = {}
+        try:
+            for name, adapter in self.adapters.items():
+                client = model.client(f"{name} ranked", adapter)
+                if client.transport is not None:
+                    client.transport = Spy(client.transport, through)
+                rankers[name] = self.assembly.ranker(client)
+            found = evaluate(rankers, cases, config.evaluation.cutoffs, config.evaluation.batch_size)
+        finally:
+            for name in self.adapters:
+                model.dismiss(f"{name} ranked")
+        values = found.values[_METRIC]
+        draws = generator(self.settings.seed, "worth").integers(len(values), size=(2_000, len(values)))
+        low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
+        return {"mean": float(values.mean()), "low": float(low), "high": float(high), "users": len(values)}
+
+    def _attack(
+        self,
+        name: str,
+        level: Knowledge,
+        plan: CutPlan,
+        seen: Sequence[Observation],
+        through: Callable[[Tensor], Tensor],
+    ) -> dict[str, Any]:
+        """Run one attack on all passes, those of each client with what is known of that client."""
+        audit, rows = make_audit(name), []
+        began = time.perf_counter()
+        with self.progress.task(
+            f"k {plan.input_layers}, m {plan.output_layers}: {name}, {level}", len(seen), "users"
+        ) as (advance):
+            for client in dict.fromkeys(own.client for own in self.secrets):
+                places = [place for place, own in enumerate(self.secrets) if own.client == client]
+                attacker = self._attacker(level, client, plan, through)
+                guesses = audit.attack([seen[place] for place in places], attacker)
+                for place, guess in zip(places, guesses, strict=True):
+                    rows.append(score(guess, self.secrets[place], self.reader))
+                advance(len(places))
+        seconds = time.perf_counter() - began
+        return {"audit": name, "knowledge": level, **interval(rows, self.settings.seed), "seconds": seconds}
+
+    def _attacker(self, level: Knowledge, client: str, plan: CutPlan, through: Callable[[Tensor], Tensor]) -> Attacker:
+        config = self.run.config
+        return Attacker(
+            knowledge=level,
+            replica=Replica(self.backbone, plan, config.adapter, self._known(level, client)),
+            catalog=self.catalog,
+            popularity=self.popularity,
+            auxiliary=self.auxiliary,
+            prefix=self._prefix(),
+            through=through,
+            seed=self.settings.seed,
+        )
+
+    def _known(self, level: Knowledge, client: str) -> AdapterState:
+        if level in ("own", "pairs"):
+            return self.adapters[client]
+        if level == "base":
+            return self.assembly.initial
+        others = [own for name, own in self.adapters.items() if name != client]
+        return {name: torch.stack([own[name] for own in others]).mean(dim=0) for name in others[0]}
+
+    def _prefix(self) -> tuple[int, ...]:
+        """Tokens with which every prompt begins, up to the first title's quote."""
+        if not isinstance(self.backbone, CausalLM):
+            return ()
+        one, other = (self.backbone.prompt_tokens([title], 0) for title in ("A", "z9"))
+        same = [a for a, b in zip(one, other, strict=False) if a == b]
+        count = next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(same))
+        return one[:count]
+
+    def auxiliary(self, passes: int, seed: int) -> list[tuple[int, ...]]:
+        """Draw passes of public text: rows of items, taken partly by popularity and partly evenly, as users do."""
+        draw = generator(seed, "auxiliary")
+        weights = self.popularity.numpy() + self.popularity.numpy().mean() + 1e-9
+        longest = self.run.config.data.history_items + 1
+        rows: list[tuple[int, ...]] = []
+        for number in range(passes):
+            count = int(draw.integers(min(2, longest), longest + 1))
+            items = draw.choice(len(weights), count, replace=count > len(weights), p=weights / weights.sum()).tolist()
+            sample = Sample(-1 - number, tuple(items[:-1]), items[-1], every=True)
+            (encoded,) = self.backbone.encode([sample], self.catalog, longest)
+            rows.append((*encoded.prompt, *encoded.answer) if isinstance(self.backbone, CausalLM) else encoded.items)
+        return rows
+
+
+def _rounded(states: Tensor, wire: str) -> Tensor:
+    """Round states as a wire format does."""
+    if wire == "exact":
+        return states
+    from pplr.runtimes import codec  # the network is an extra
+
+    own = states if states.dim() == 3 else states[None]
+    lengths = torch.full((len(own),), own.shape[1])
+    limits = codec.Limits(width=own.shape[2])
+    message = codec.encode_states(own, lengths, codec.Wire[wire.upper()])
+    return codec.decode_states(message, limits, dtype=states.dtype, device=states.device)[0].view(states.shape)
+
+
+def strongest(content: Mapping[str, Any], metric: str = "item_f1") -> dict[str, Any] | None:
+    """Find the attack that found most at the run's own cut and without noise; ``None`` where none says of it."""
+    own = content["cut"]
+    at = [found for found in content["settings"] if found["cut"] == own and found["noise"] == 0] or content["settings"]
+    told = [audit for found in at for audit in found["audits"] if audit.get(metric)]
+    return max(told, key=lambda audit: audit[metric]["mean"]) if told else None

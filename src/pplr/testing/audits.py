@@ -1,0 +1,158 @@
+"""What every audit must do, as a class of tests to inherit: find what is bare, and find nothing in noise."""
+# ruff: noqa: S101  (a contract is made of assertions)
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pplr.backbones.base import Backbone
+from pplr.backbones.causal_lm import CausalLM
+from pplr.backbones.item_vectors import ItemVectors
+from pplr.config import AdapterConfig, ItemVectorsConfig, TrainingConfig
+from pplr.data.interactions import Catalog
+from pplr.data.prompts import Sample
+from pplr.privacy.audits import Attacker, Guess, Knowledge, make_audit
+from pplr.privacy.observing import Observation, observe, secret_of
+from pplr.privacy.replica import Replica
+from pplr.privacy.scoring import Reader, score
+from pplr.stages.cut import CutPlan
+from pplr.stages.model import CutModel
+from pplr.testing.tiny import random_adapter, tiny_decoder, tiny_tokenizer
+
+__all__ = ["AuditContract", "Scene"]
+
+_ITEMS = 60
+_USERS = 6
+_HISTORY = 6
+
+
+class Scene:
+    """A tiny federation's server and what it sees, with an attacker.
+
+    Args:
+        name: Of the backbone.
+        cut: k and m, of four blocks.
+    """
+
+    def __init__(self, name: str, cut: tuple[int, int]) -> None:
+        draw = np.random.default_rng(0)
+        letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+        titles = tuple("".join(draw.choice(letters, 5)).title() for _ in range(_ITEMS))
+        self.catalog = Catalog(tuple(f"t{number}" for number in range(_ITEMS)), titles)
+        text = CausalLM(tiny_decoder(seed=3), tiny_tokenizer(), max_tokens=512, folder="tiny")
+        self.backbone: Backbone = text
+        if name == "item_vectors":
+            self.backbone = ItemVectors(text, ItemVectorsConfig(width=16, hidden_width=None))
+            self.backbone.prepare(self.catalog, lambda texts: torch.randn(len(texts), text.hidden_size))
+        self.plan = CutPlan(*cut, self.backbone.total_layers)
+        self.config = AdapterConfig(rank=2)
+        self.model = CutModel(self.backbone, self.plan, self.config, TrainingConfig())
+        blocks = random_adapter(self.model.shapes, seed=1, scale=0.1)
+        ends = self.model.initial_adapter(1)
+        self.adapter = {name: own if "lora_" in name else ends[name] for name, own in blocks.items()}
+        self.samples = [self._sample(user, draw) for user in range(_USERS)]
+        self.secrets = [secret_of(self.backbone, own, "0", self.catalog, _HISTORY) for own in self.samples]
+
+    def _sample(self, user: int, draw: np.random.Generator) -> Sample:
+        items = draw.choice(_ITEMS, int(draw.integers(3, _HISTORY + 1)), replace=False).tolist()
+        return Sample(user, tuple(items[:-1]), items[-1], every=True)
+
+    def row(self, sample: Sample) -> tuple[int, ...]:
+        """Write what a pass is made of."""
+        (encoded,) = self.backbone.encode([sample], self.catalog, _HISTORY)
+        return (*encoded.prompt, *encoded.answer) if isinstance(self.backbone, CausalLM) else tuple(encoded.items)
+
+    def auxiliary(self, passes: int, seed: int) -> list[tuple[int, ...]]:
+        """Draw passes of public text."""
+        draw = np.random.default_rng([7, seed])
+        return [self.row(self._sample(-1 - number, draw)) for number in range(passes)]
+
+    def seen(self) -> list[Observation]:
+        """What the server sees of each user."""
+        batches = [self.backbone.collate(self.backbone.encode([own], self.catalog, _HISTORY)) for own in self.samples]
+        return [observe(self.model, self.adapter, batch, lambda states: states) for batch in batches]
+
+    def attacker(self, knowledge: Knowledge) -> Attacker:
+        """Make an attacker who has the client's own adapter, or pairs."""
+        replica = Replica(self.backbone, self.plan, self.config, self.adapter)
+        prefix: tuple[int, ...] = ()
+        if isinstance(self.backbone, CausalLM):
+            (start,) = (own.is_private.index(True) for own in self.secrets[:1])
+            prefix = self.secrets[0].tokens[:start]
+        popularity = torch.arange(_ITEMS).flip(0)
+        return Attacker(knowledge, replica, self.catalog, popularity, self.auxiliary, prefix)
+
+    def mean(self, guesses: Sequence[Guess], metric: str) -> float:
+        """Average a metric over users."""
+        reader = Reader(self.backbone, self.catalog)
+        values = [score(guess, own, reader)[metric] for guess, own in zip(guesses, self.secrets, strict=True)]
+        assert all(value is not None for value in values)
+        return sum(float(value or 0) for value in values) / len(values)
+
+
+@cache
+def _scene(name: str, cut: tuple[int, int]) -> Scene:
+    return Scene(name, cut)
+
+
+class AuditContract:
+    """Tests of an attack.
+
+    Attributes:
+        audit: Its name.
+        metric: What it is judged by.
+        finds: What it must reach at ``cut``, for each backbone that it attacks.
+        levels: What its attackers have, of those that it can be run with.
+        cut: k and m where it must succeed.
+        chance: What it may reach at most on random states.
+    """
+
+    audit: ClassVar[str]
+    metric: ClassVar[str] = "token_recovery"
+    finds: ClassVar[dict[str, float]]
+    levels: ClassVar[tuple[Knowledge, ...]] = ("own", "pairs")
+    cut: ClassVar[tuple[int, int]] = (0, 1)
+    chance: ClassVar[float] = 0.2
+
+    def test_it_finds_what_is_bare(self) -> None:
+        """It succeeds where it must."""
+        for backbone, wanted in self.finds.items():
+            scene = _scene(backbone, self.cut)
+            for knowledge in self.levels:
+                if knowledge in make_audit(self.audit).knows:
+                    guesses = make_audit(self.audit).attack(scene.seen(), scene.attacker(knowledge))
+                    found = scene.mean(guesses, self.metric)
+                    assert found >= wanted, f"{backbone}, {knowledge}: {found}"
+
+    def test_it_finds_nothing_in_random_states(self) -> None:
+        """It fails where it must."""
+        for backbone in self.finds:
+            scene = _scene(backbone, self.cut)
+            seen = [_random(own, place) for place, own in enumerate(scene.seen())]
+            found = scene.mean(make_audit(self.audit).attack(seen, scene.attacker("own")), self.metric)
+            assert found <= self.chance, f"{backbone}: {found}"
+
+    def test_it_does_not_look_at_the_truth(self) -> None:
+        """The same observations give the same guesses, and those of another user give that user's."""
+        for backbone in self.finds:
+            scene = _scene(backbone, self.cut)
+            seen = scene.seen()[:2]
+            forward = make_audit(self.audit).attack(seen, scene.attacker("own"))
+            assert make_audit(self.audit).attack(seen[::-1], scene.attacker("own")) == forward[::-1]
+
+
+def _random(own: Observation, place: int) -> Observation:
+    source = torch.Generator().manual_seed(place)
+
+    def like(states: Tensor) -> Tensor:
+        return torch.randn(states.shape, generator=source) * states.std()
+
+    gradient = None if own.gradient is None else like(own.gradient)
+    return replace(own, states=like(own.states), returned=like(own.returned), gradient=gradient)
