@@ -25,6 +25,7 @@ _INTERRUPTED = 130
 _BROKEN_PIPE = 141
 _EXTRAS = dict.fromkeys(("cryptography", "grpc", "grpc_health", "google", "prometheus_client"), "network")
 _EXTRAS |= dict.fromkeys(("flwr", "ray"), "flower")
+_EXTRAS |= {"matplotlib": "plots"}
 """Packages that only some commands need, and the extra that installs each."""
 
 
@@ -225,6 +226,57 @@ def recommend(
     screen.line()
     rows = [(figure(own.rank), own.title, figure(own.score), own.item_id) for own in found]
     screen.table(Table(("rank", "title", "score", "item"), rows, texts=("title", "item")))
+
+
+@app.command()
+def audit(
+    run_dir: RunDir,
+    users: Annotated[int, typer.Option(min=2, help="Users whose passes are attacked.")] = 20,
+    only: Annotated[list[str] | None, typer.Option("--attack", help="Only this attack. Repeatable.")] = None,
+    has: Annotated[
+        list[str] | None,
+        typer.Option(help="Only attackers who have this: own, mixed, base or pairs. Repeatable."),
+    ] = None,
+    cut: Annotated[
+        list[str] | None, typer.Option(metavar="K,M", help="Another cut than the run's own. Repeatable.")
+    ] = None,
+    noise: Annotated[
+        list[float] | None,
+        typer.Option(min=0, help="Noise on hidden states, as a multiple of their size. Repeatable."),
+    ] = None,
+    wire: Annotated[str | None, typer.Option(help="How states travel: exact, float32, bfloat16 or int8.")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Several cuts and noises, and a plot.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws of users, public text and noise.")] = 0,
+) -> None:
+    """Attack what a finished run's server sees, and say in figures what it can read of a user."""
+    from pplr.apps import auditing
+    from pplr.apps.terminal import Screen, TerminalProgress
+
+    screen = Screen()
+    with screen.busy("loading libraries"):
+        from pplr.runtimes.auditing import audit_run, make_settings
+        from pplr.runtimes.run import open_run
+    with closing(open_run(run_dir)) as run:
+        progress = TerminalProgress(screen)
+        cuts = auditing.parse_cuts(cut or ())
+        if sweep and not cuts:
+            cuts = auditing.sweep_cuts(run.assembly(progress).backbone.total_layers)
+        noises = noise or (auditing.SWEPT_NOISES if sweep else (0.0,))
+        settings = make_settings(
+            audits=only or (), knowledge=has or (), users=users, cuts=cuts, noises=noises, wire=wire, seed=seed
+        )
+        content = audit_run(run, settings, progress)
+    for heading, table in auditing.audit_tables(content):
+        screen.line()
+        screen.line(heading, style="bold")
+        screen.table(table)
+    screen.line()
+    screen.line(f"written: {run_dir / 'audit.json'}")
+    if sweep:
+        auditing.draw_frontier(content, run_dir / "audit.png")
+        screen.line(f"drawn: {run_dir / 'audit.png'}")
+    screen.line()
+    screen.line(content["verdict"])
 
 
 @app.command()

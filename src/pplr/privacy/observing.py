@@ -119,8 +119,8 @@ def observe(
     count = int(batch.lengths[0])
     if spy.states is None or spy.returned is None:
         raise ConfigError("nothing crossed the cut", cure="Set cut, or give --input-layers.")
-    gradient = None if spy.gradient is None else spy.gradient[0, :count].float()
-    return Observation(spy.states[0, :count].float(), spy.returned[0, :count].float(), gradient)
+    gradient = None if spy.gradient is None else spy.gradient[0, :count].detach().float()
+    return Observation(spy.states[0, :count].detach().float(), spy.returned[0, :count].detach().float(), gradient)
 
 
 def secret_of(backbone: Backbone, sample: Sample, client: str, catalog: Catalog, history_items: int) -> Secret:

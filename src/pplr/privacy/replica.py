@@ -19,6 +19,8 @@ __all__ = ["Replica"]
 
 _ROWS = 512
 """Candidates that run at once."""
+_FIRST, _SURE = 16, 0.03
+"""Candidates that run first, and the distance, as a share of the state's length, at which the others need not run."""
 
 
 class Replica:
@@ -79,10 +81,11 @@ class Replica:
         Args:
             seen: (T, D), states at the first cut.
             known: T tokens, ``None`` where one is to be recovered.
-            propose: Gives the candidates of a position, after the tokens before it: (S,).
+            propose: Gives the candidates of a position, after the tokens before it, the most promising first: (S,).
 
         Yields:
-            Of each position the candidates, nearest first, and their distances: two (S,).
+            Of each position the candidates that were run, nearest first, and their distances. When one of the first 16
+            is as near as rounding leaves the right one, the others are not run.
         """
         cache = self.backbone.new_cache(self._input.blocks) if len(self.plan.input) else None
         found: list[int] = []
@@ -97,12 +100,19 @@ class Replica:
                 self._extend(torch.tensor([waiting]), len(found) - len(waiting), cache)
             waiting = []
             candidates = propose(position, tuple(found))
-            states = self._try(candidates, len(found), cache)
-            distances = (states - seen[position].to(states)).norm(dim=-1)
+            distances = self._distances(candidates[:_FIRST], seen[position], len(found), cache)
+            if len(candidates) > _FIRST and float(distances.min()) > _SURE * float(seen[position].norm()):
+                rest = self._distances(candidates[_FIRST:], seen[position], len(found), cache)
+                distances = torch.cat([distances, rest])
+            candidates = candidates[: len(distances)]
             order = distances.argsort(stable=True).cpu()
             found.append(int(candidates[order[0]]))
             waiting = [found[-1]]
-            yield candidates[order], distances.cpu()[order]
+            yield candidates[order], distances[order]
+
+    def _distances(self, candidates: Tensor, seen: Tensor, past: int, cache: object) -> Tensor:
+        states = self._try(candidates, past, cache)
+        return (states - seen.to(states)).norm(dim=-1).cpu()
 
     def _extend(self, rows: Tensor, past: int, cache: object) -> Tensor:
         entering = self.backbone.embed(rows.to(self.backbone.device), self._first.ends)

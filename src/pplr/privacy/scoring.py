@@ -17,7 +17,7 @@ from pplr.privacy.audits.base import Guess
 from pplr.privacy.observing import Secret
 from pplr.seeds import generator
 
-__all__ = ["METRICS", "Reader", "baseline", "interval", "score"]
+__all__ = ["METRICS", "Reader", "baseline", "interval", "rouge_l", "score"]
 
 METRICS = (
     "token_recovery",

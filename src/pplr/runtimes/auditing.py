@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -16,11 +16,12 @@ from pplr.backbones.base import Batch
 from pplr.backbones.causal_lm import CausalLM
 from pplr.config import CutConfig
 from pplr.data.prompts import Sample
-from pplr.errors import ConfigError, RunError
+from pplr.errors import ConfigError, RunError, nearest
 from pplr.privacy.audits import AUDITS, Attacker, Knowledge, make_audit
 from pplr.privacy.observing import Observation, Spy, observe, secret_of
 from pplr.privacy.replica import Replica
 from pplr.privacy.scoring import Reader, baseline, interval, score
+from pplr.privacy.verdict import verdict
 from pplr.progress import Progress, Silent
 from pplr.recommend.evaluation import evaluate
 from pplr.runtimes.assembly import Assembly
@@ -30,9 +31,10 @@ from pplr.stages.cut import CutPlan
 from pplr.stages.model import CutModel
 from pplr.storage import write_json
 
-__all__ = ["AuditSettings", "audit_run"]
+__all__ = ["AuditSettings", "audit_run", "make_settings"]
 
-_METRIC = "ndcg@10"
+_LEVELS = get_args(Knowledge)
+_WIRES = ("exact", "float32", "bfloat16", "int8")
 _AUXILIARY_FOR_SCALE = 16
 
 
@@ -69,6 +71,40 @@ class AuditSettings:
             raise ConfigError(f"noise of {self.noises}", cure="Give 0 or more, as a multiple of the states' own size.")
 
 
+def make_settings(
+    *,
+    audits: Sequence[str] = (),
+    knowledge: Sequence[str] = (),
+    users: int = 20,
+    cuts: Sequence[tuple[int, int]] = (),
+    noises: Sequence[float] = (0.0,),
+    wire: str | None = None,
+    seed: int = 0,
+) -> AuditSettings:
+    """Check words that a person gave, and make settings of them.
+
+    Raises:
+        ConfigError: One of them is unknown.
+    """
+    for word, known, what in (
+        *((own, _LEVELS, "knowledge") for own in knowledge),
+        (wire, (None, *_WIRES), "wire format"),
+    ):
+        if word not in known:
+            raise ConfigError(
+                f"no {what} is called {word!r}", cure=nearest(str(word), [str(own) for own in known if own])
+            )
+    return AuditSettings(
+        audits=tuple(audits),
+        knowledge=tuple(cast(Knowledge, own) for own in knowledge),
+        users=users,
+        cuts=tuple(cuts),
+        noises=tuple(noises),
+        wire=cast(Any, wire),
+        seed=seed,
+    )
+
+
 def audit_run(run: Run, settings: AuditSettings | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Attack what the server of a run sees, and write ``audit.json`` into its folder.
 
@@ -94,12 +130,14 @@ def audit_run(run: Run, settings: AuditSettings | None = None, progress: Progres
         "backbone": run.config.backbone.name,
         "method": run.config.federation.method,
         "cut": run.metrics["cut"],
+        "metric": work.metric,
         "users": len(work.secrets),
         "seed": settings.seed,
         "wire": work.wire,
         "baseline": interval([baseline(own, work.popularity, work.reader) for own in work.secrets], settings.seed),
         "settings": [found for plan in work.plans for found in work.at(plan)],
     }
+    content["verdict"] = verdict(content)
     content["seconds"] = time.perf_counter() - began
     write_json(run.folder / "audit.json", content)
     return content
@@ -121,6 +159,10 @@ class _Work:
         self.catalog = self.data.dataset.catalog
         self.reader = Reader(self.backbone, self.catalog)
         self.wire = settings.wire or run.config.runtime.wire
+        self._attackers: dict[tuple[str, str, CutPlan, float], Attacker] = {}
+        self._done: dict[tuple[str, str, int, float], dict[str, Any]] = {}
+        cutoffs = run.config.evaluation.cutoffs
+        self.metric = f"ndcg@{10 if 10 in cutoffs else cutoffs[0]}"
         names = self.data.partition.names
         self.adapters = {name: load_adapter(run.folder / "clients" / name) for name in names}
         for name, adapter in self.adapters.items():
@@ -167,8 +209,10 @@ class _Work:
                     "total_layers": plan.total_layers,
                 },
                 "noise": noise,
-                _METRIC: self._worth(model, through, noise),
-                "audits": [self._attack(name, level, plan, seen, through) for name, level in self._attacks()],
+                "worth": self._worth(model, through),
+                "audits": [
+                    self._attack_once(name, level, plan, noise, seen, through) for name, level in self._attacks()
+                ],
             }
 
     def _attacks(self) -> list[tuple[str, Knowledge]]:
@@ -203,12 +247,15 @@ class _Work:
 
         return changed
 
-    def _worth(self, model: CutModel, through: Callable[[Tensor], Tensor], noise: float) -> dict[str, Any]:
+    def _worth(self, model: CutModel, through: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """Measure the recommendations: the run's own where nothing is added, else those of users drawn anew."""
         config, most = self.run.config, self.settings.ranked_users
         if not any(self.settings.noises):
             told = self.run.metrics or {}
-            return {"mean": told["overall"][_METRIC], "users": sum(own["users"] for own in told["clients"].values())}
+            return {
+                "mean": told["overall"][self.metric],
+                "users": sum(own["users"] for own in told["clients"].values()),
+            }
         cases = {name: list(own) for name, own in self.data.test.items()}
         every = [(name, case) for name, own in cases.items() for case in own]
         if most is not None and most < len(every):
@@ -226,16 +273,33 @@ class _Work:
         finally:
             for name in self.adapters:
                 model.dismiss(f"{name} ranked")
-        values = found.values[_METRIC]
+        values = found.values[self.metric]
         draws = generator(self.settings.seed, "worth").integers(len(values), size=(2_000, len(values)))
         low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
         return {"mean": float(values.mean()), "low": float(low), "high": float(high), "users": len(values)}
+
+    def _attack_once(
+        self,
+        name: str,
+        level: Knowledge,
+        plan: CutPlan,
+        noise: float,
+        seen: Sequence[Observation],
+        through: Callable[[Tensor], Tensor],
+    ) -> dict[str, Any]:
+        """Attack, unless the same was done where only the cut differs that this attack does not look at."""
+        depth = plan.input_layers if AUDITS[name].looks_at == "first" else plan.output_layers
+        key = (name, level, depth, noise)
+        if key not in self._done:
+            self._done[key] = self._attack(name, level, plan, noise, seen, through)
+        return self._done[key]
 
     def _attack(
         self,
         name: str,
         level: Knowledge,
         plan: CutPlan,
+        noise: float,
         seen: Sequence[Observation],
         through: Callable[[Tensor], Tensor],
     ) -> dict[str, Any]:
@@ -247,7 +311,7 @@ class _Work:
         ) as (advance):
             for client in dict.fromkeys(own.client for own in self.secrets):
                 places = [place for place, own in enumerate(self.secrets) if own.client == client]
-                attacker = self._attacker(level, client, plan, through)
+                attacker = self._attacker(level, client, plan, through, noise)
                 guesses = audit.attack([seen[place] for place in places], attacker)
                 for place, guess in zip(places, guesses, strict=True):
                     rows.append(score(guess, self.secrets[place], self.reader))
@@ -255,18 +319,25 @@ class _Work:
         seconds = time.perf_counter() - began
         return {"audit": name, "knowledge": level, **interval(rows, self.settings.seed), "seconds": seconds}
 
-    def _attacker(self, level: Knowledge, client: str, plan: CutPlan, through: Callable[[Tensor], Tensor]) -> Attacker:
-        config = self.run.config
-        return Attacker(
-            knowledge=level,
-            replica=Replica(self.backbone, plan, config.adapter, self._known(level, client)),
-            catalog=self.catalog,
-            popularity=self.popularity,
-            auxiliary=self.auxiliary,
-            prefix=self._prefix(),
-            through=through,
-            seed=self.settings.seed,
-        )
+    def _attacker(
+        self, level: Knowledge, client: str, plan: CutPlan, through: Callable[[Tensor], Tensor], noise: float
+    ) -> Attacker:
+        """Make an attacker, or take the one that knows the same, with what it has learned."""
+        key = (level, client, plan, noise)
+        if key not in self._attackers:
+            config = self.run.config
+            self._attackers = {own: kept for own, kept in self._attackers.items() if own[2:] == key[2:]}
+            self._attackers[key] = Attacker(
+                knowledge=level,
+                replica=Replica(self.backbone, plan, config.adapter, self._known(level, client)),
+                catalog=self.catalog,
+                popularity=self.popularity,
+                auxiliary=self.auxiliary,
+                prefix=self._prefix(),
+                through=through,
+                seed=self.settings.seed,
+            )
+        return self._attackers[key]
 
     def _known(self, level: Knowledge, client: str) -> AdapterState:
         if level in ("own", "pairs"):
@@ -311,11 +382,3 @@ def _rounded(states: Tensor, wire: str) -> Tensor:
     limits = codec.Limits(width=own.shape[2])
     message = codec.encode_states(own, lengths, codec.Wire[wire.upper()])
     return codec.decode_states(message, limits, dtype=states.dtype, device=states.device)[0].view(states.shape)
-
-
-def strongest(content: Mapping[str, Any], metric: str = "item_f1") -> dict[str, Any] | None:
-    """Find the attack that found most at the run's own cut and without noise; ``None`` where none says of it."""
-    own = content["cut"]
-    at = [found for found in content["settings"] if found["cut"] == own and found["noise"] == 0] or content["settings"]
-    told = [audit for found in at for audit in found["audits"] if audit.get(metric)]
-    return max(told, key=lambda audit: audit[metric]["mean"]) if told else None

@@ -21,7 +21,7 @@ from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.run import OWN, open_run
 from pplr.storage import storage_errors, write_atomic, write_json
 
-__all__ = ["HasRecords", "RoundWriter", "claimed", "training_cost", "write_own", "write_start"]
+__all__ = ["HasRecords", "RoundWriter", "claimed", "device_name", "training_cost", "write_own", "write_start"]
 
 
 class HasRecords(Protocol):

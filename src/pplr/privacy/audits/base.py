@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, Literal, TypeVar
 
 import torch
@@ -15,12 +16,16 @@ from pplr.data.interactions import Catalog
 from pplr.errors import ConfigError, nearest
 from pplr.privacy.observing import Observation
 from pplr.privacy.replica import Replica
+from pplr.privacy.shortlist import Shortlist
 
 __all__ = ["AUDITS", "Attacker", "Audit", "Guess", "Knowledge", "make_audit", "register"]
 
 Knowledge = Literal["own", "mixed", "base", "pairs"]
 """What the attacker has: the client's ``own`` adapter; a ``mixed`` one, of the other clients; the public ``base`` and
 the initial adapter; or no weights at all, but ``pairs`` of auxiliary texts and the client's states of them."""
+
+_PASSES = 64
+"""Auxiliary passes that a shortlist learns from."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,12 @@ class Attacker:
         """Where tokens are items, the candidates of the last position are those for the target; else ``None``."""
         return tuple(last.tolist()) if self.reads_items else None
 
+    @cached_property
+    def shortlist(self) -> Shortlist:
+        """What proposes candidates, learned on auxiliary passes."""
+        table = self.replica.embeddings(self.replica.vocabulary()).cpu()
+        return Shortlist(*self.auxiliary_pairs(_PASSES), table)
+
     def auxiliary_pairs(self, passes: int, draw: int = 0) -> tuple[Tensor, Tensor]:
         """Run auxiliary passes: tokens (M,) and the states that the server would see of them (M, D)."""
         tokens, states = [], []
@@ -90,11 +101,13 @@ class Audit(ABC):
         name: How it is asked for.
         knows: The levels of knowledge at which it can be run.
         sees_gradients: Whether it needs what comes back in training.
+        looks_at: The cut whose states or gradients it reads; what it finds does not depend on where the other one is.
     """
 
     name: ClassVar[str]
     knows: ClassVar[tuple[Knowledge, ...]] = ("own", "mixed", "base")
     sees_gradients: ClassVar[bool] = False
+    looks_at: ClassVar[Literal["first", "second"]] = "first"
 
     @abstractmethod
     def attack(self, seen: Sequence[Observation], attacker: Attacker) -> list[Guess]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, cast
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from pplr.backbones.causal_lm import CausalLM
 from pplr.data.prompts import shown_title
 from pplr.privacy.audits.base import Attacker, Audit, Guess, register
-from pplr.privacy.audits.shortlist import Shortlist
 from pplr.privacy.audits.vocabulary_matching import guess_of
 from pplr.privacy.observing import Observation
 
@@ -24,6 +23,7 @@ _LONGEST = 64
 """Tokens that are looked back for the beginning of a title."""
 
 _Node = dict[int, "_Node"]
+Ranked = Callable[[int, Tensor, int], Tensor]
 
 
 @register
@@ -38,14 +38,15 @@ class CatalogMatching(Audit):
 
     def attack(self, seen: Sequence[Observation], attacker: Attacker) -> list[Guess]:
         """Guess token after token, among those that the catalog allows."""
-        shortlist, vocabulary = Shortlist(attacker), attacker.replica.vocabulary()
+        shortlist, vocabulary = attacker.shortlist, attacker.replica.vocabulary()
         grammar = None if attacker.reads_items else _Grammar(cast(CausalLM, attacker.replica.backbone), attacker)
         guesses = []
         for own in seen:
+            ranked = shortlist.of(own.states)
 
-            def propose(position: int, before: tuple[int, ...], own: Observation = own) -> Tensor:
+            def propose(position: int, before: tuple[int, ...], ranked: Ranked = ranked) -> Tensor:
                 allowed = vocabulary if grammar is None else grammar.allowed(before)
-                return shortlist.ranked(own.states[position], allowed, _SHORT)
+                return ranked(position, allowed, _SHORT)
 
             guesses.append(guess_of(attacker, own, propose))
         return guesses

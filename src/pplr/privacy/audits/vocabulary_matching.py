@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from pplr.privacy.audits.base import Attacker, Audit, Guess, Knowledge, register
-from pplr.privacy.audits.shortlist import Shortlist
 from pplr.privacy.observing import Observation
 
-__all__ = ["VocabularyMatching", "nearest_pairs"]
+__all__ = ["VocabularyMatching", "guess_of", "nearest_pairs"]
 
 _SHORT = 128
 _PASSES = 256
@@ -37,10 +36,11 @@ class VocabularyMatching(Audit):
         """Guess token after token."""
         if attacker.knowledge == "pairs":
             return nearest_pairs(seen, attacker)
-        shortlist, vocabulary = Shortlist(attacker), attacker.replica.vocabulary()
+        shortlist, vocabulary = attacker.shortlist, attacker.replica.vocabulary()
 
         def proposing(own: Observation) -> Callable[[int, tuple[int, ...]], Tensor]:
-            return lambda position, before: shortlist.ranked(own.states[position], vocabulary, _SHORT)
+            ranked = shortlist.of(own.states)
+            return lambda position, before: ranked(position, vocabulary, _SHORT)
 
         return [guess_of(attacker, own, proposing(own)) for own in seen]
 

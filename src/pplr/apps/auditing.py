@@ -1,0 +1,119 @@
+"""``pplr audit``: what a run's server can read, in tables, a plot and one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pplr.apps.tables import Table, figure
+from pplr.errors import ConfigError
+
+__all__ = ["SHOWN", "audit_tables", "draw_frontier", "parse_cuts", "sweep_cuts"]
+
+SHOWN = ("token_recovery", "item_f1", "target_hit@1")
+"""Metrics of the table; ``audit.json`` has all."""
+_SWEPT_INPUT, _SWEPT_OUTPUT = (0, 1, 2, 4, 8), (0, 1, 2)
+SWEPT_NOISES = (0.0, 0.5, 2.0)
+"""Noise levels of a sweep, as multiples of the states' own size."""
+
+
+def parse_cuts(told: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """Read cuts such as ``2,1``.
+
+    Raises:
+        ConfigError: One is not two whole numbers.
+    """
+    cuts = []
+    for own in told:
+        parts = own.split(",")
+        if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+            raise ConfigError(f"the cut {own!r}", cure="Give k and m, such as --cut 2,1.")
+        cuts.append((int(parts[0]), int(parts[1])))
+    return tuple(cuts)
+
+
+def sweep_cuts(total_layers: int) -> tuple[tuple[int, int], ...]:
+    """List the cuts of a sweep that leave the server a block.
+
+    Example:
+        >>> sweep_cuts(3)
+        ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0))
+    """
+    return tuple((k, m) for k in _SWEPT_INPUT for m in _SWEPT_OUTPUT if k + m < total_layers)
+
+
+def audit_tables(content: Mapping[str, Any]) -> list[tuple[str, Table]]:
+    """Lay out each setting: a heading, and a row for each attack, with that of a guess without any state."""
+    tables = []
+    for found in content["settings"]:
+        cut, worth = found["cut"], found["worth"]
+        heading = f"k {cut['input_layers']}, m {cut['output_layers']} of {cut['total_layers']} blocks"
+        heading += f", noise {found['noise']:g}" if found["noise"] else ""
+        heading += f"; {content['metric']} {figure(worth['mean'])} of {worth['users']} users"
+        rows = [
+            (own["audit"], own["knowledge"], *(_cell(own[name]) for name in SHOWN), figure(own["seconds"], digits=1))
+            for own in found["audits"]
+        ]
+        rows.append(("no states", "popularity", *(_cell(content["baseline"][name]) for name in SHOWN), ""))
+        table = Table(("attack", "has", *SHOWN, "seconds"), rows, texts=("attack", "has"), ruled=[len(rows) - 1])
+        tables.append((heading, table))
+    return tables
+
+
+def _cell(told: Mapping[str, float] | None) -> str:
+    return "-" if told is None else f"{told['mean']:.2f} ({told['low']:.2f} to {told['high']:.2f})"
+
+
+def draw_frontier(content: Mapping[str, Any], path: Path, metric: str = "item_f1") -> None:
+    """Draw leakage against what recommendations are worth, a point for each setting, by its strongest attack.
+
+    Args:
+        content: Of ``audit.json``.
+        path: Of the PNG.
+        metric: Leakage, by name.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    chart, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    noises = sorted({found["noise"] for found in content["settings"]})
+    marks = dict(zip(noises, "osD^vP*X", strict=False))
+    depths = sorted({found["cut"]["input_layers"] for found in content["settings"]})
+    colours = dict(
+        zip(depths, plt.get_cmap("viridis")([i / max(1, len(depths) - 1) for i in range(len(depths))]), strict=True)
+    )
+    for found in content["settings"]:
+        told = [own[metric] for own in found["audits"] if own.get(metric)]
+        if not told:
+            continue
+        leak, worth = max(told, key=lambda own: own["mean"]), found["worth"]
+        axes.errorbar(
+            leak["mean"],
+            worth["mean"],
+            xerr=[[leak["mean"] - leak["low"]], [leak["high"] - leak["mean"]]],
+            yerr=[
+                [worth["mean"] - worth.get("low", worth["mean"])],
+                [worth.get("high", worth["mean"]) - worth["mean"]],
+            ],
+            fmt=marks.get(found["noise"], "o"),
+            color=colours[found["cut"]["input_layers"]],
+            capsize=2,
+        )
+    guess = content["baseline"][metric]
+    if guess is not None:
+        axes.axvspan(guess["low"], guess["high"], color="0.9", zorder=0)
+        axes.axvline(guess["mean"], color="0.5", linestyle="--", zorder=0)
+        axes.annotate("no states", (guess["mean"], 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=8)
+    for depth in depths:
+        axes.plot([], [], "o", color=colours[depth], label=f"k = {depth}")
+    for noise in noises:
+        axes.plot([], [], marks.get(noise, "o"), color="0.4", label=f"noise {noise:g}")
+    axes.set(xlabel=f"{metric} of the strongest attack", ylabel=content["metric"], xlim=(-0.02, 1.02))
+    axes.set_ylim(bottom=0)
+    axes.set_title(f"What the server reads, and what recommendations are worth: {content['backbone']}", fontsize=10)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    chart.savefig(path, dpi=150)
+    plt.close(chart)

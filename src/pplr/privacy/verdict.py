@@ -1,0 +1,61 @@
+"""One sentence that a person can act on, from the figures of an audit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["share_found", "strongest", "verdict"]
+
+_MOST, _SOME = 0.5, 0.1
+_HAS = {
+    "own": "the client's adapter",
+    "mixed": "the other clients' adapters",
+    "base": "the public model alone",
+    "pairs": "no weights, but states of public text",
+}
+
+
+def strongest(content: Mapping[str, Any], metric: str = "item_f1") -> dict[str, Any] | None:
+    """Find the attack that found most at the run's own cut without added noise, else at the first setting.
+
+    Args:
+        content: Of ``audit.json``.
+        metric: What counts.
+
+    Returns:
+        The attack's entry, with its setting as ``at``; ``None`` where no attack says anything of the metric.
+    """
+    settings = content["settings"]
+    own = [found for found in settings if found["cut"] == content["cut"] and found["noise"] == 0]
+    told = [{**audit, "at": found} for found in own or settings[:1] for audit in found["audits"] if audit.get(metric)]
+    return max(told, key=lambda audit: audit[metric]["mean"]) if told else None
+
+
+def share_found(found: float, guessed: float) -> float:
+    """Say how much of what a guess without any state leaves open an attack found: (f - g) / (1 - g), at least 0."""
+    return max(0.0, (found - guessed) / (1 - guessed)) if guessed < 1 else 0.0
+
+
+def verdict(content: Mapping[str, Any]) -> str:
+    """Say what the server can read, beside what anyone could guess, and what to do.
+
+    Args:
+        content: Of ``audit.json``.
+    """
+    found, guess = strongest(content), content["baseline"]["item_f1"]
+    if found is None or guess is None:
+        return "No attack that was run says which items a server reads: run more of them before trusting this cut."
+    cut, own = found["at"]["cut"], found["item_f1"]
+    where = f"k = {cut['input_layers']} and m = {cut['output_layers']} of {cut['total_layers']} blocks"
+    figures = (
+        f"With {where}, a server that has {_HAS[found['knowledge']]} reads the items of a user's history with an F1 of "
+        f"{own['mean']:.2f} ({own['low']:.2f} to {own['high']:.2f}; {found['audit']}), where popularity alone gives "
+        f"{guess['mean']:.2f}"
+    )
+    share = share_found(own["mean"], guess["mean"])
+    if share >= _MOST:
+        return f"{figures}: whoever must not read the histories must not run this server."
+    if share >= _SOME:
+        return f"{figures}: count the histories as partly known to whoever runs this server."
+    return f"{figures}: these attacks found little, which does not show that others would not."

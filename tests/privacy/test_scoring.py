@@ -1,0 +1,117 @@
+"""Scores, on what tells of the user alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pplr.data.prompts import Sample
+from pplr.privacy.audits import Guess
+from pplr.privacy.observing import secret_of
+from pplr.privacy.scoring import METRICS, Reader, baseline, interval, rouge_l, score
+from pplr.privacy.verdict import share_found, strongest, verdict
+from pplr.testing import tiny_backbone, tiny_catalog
+
+
+@pytest.fixture
+def reader() -> Reader:
+    return Reader(tiny_backbone(), tiny_catalog())
+
+
+def test_the_template_alone_scores_nothing(reader: Reader) -> None:
+    secret = secret_of(reader.backbone, Sample(0, (3, 1), 4), "a", reader.catalog, 10)
+    blank = [None if own else token for token, own in zip(secret.tokens, secret.is_private, strict=True)]
+    told = score(Guess(tuple(blank)), secret, reader)
+    assert (
+        told["token_recovery"] == told["rouge_l"] == told["item_f1"] == told["target_hit@1"] or told["item_f1"] == 0.0
+    )
+    assert told["token_recovery"] == 0.0
+
+
+def test_the_truth_scores_all(reader: Reader) -> None:
+    secret = secret_of(reader.backbone, Sample(0, (3, 1), 4), "a", reader.catalog, 10)
+    assert set(score(Guess(secret.tokens), secret, reader).values()) == {1.0}
+
+
+def test_items_are_read_by_the_nearest_title_and_counted_once(reader: Reader) -> None:
+    secret = secret_of(reader.backbone, Sample(0, (3, 1), 4), "a", reader.catalog, 10)
+    tokenizer = reader.backbone.tokenizer  # type: ignore[attr-defined]
+    text = tokenizer.decode(list(secret.tokens)).replace("Copper Beech", "Copper Beach").replace("Birch", "Yew")
+    tokens = tokenizer(text, add_special_tokens=False).input_ids
+    assert reader.history(tokens) == {3, 7}
+    assert reader.targets(tokens)[0] == 4
+
+
+def test_an_attack_on_the_target_says_nothing_of_tokens(reader: Reader) -> None:
+    secret = secret_of(reader.backbone, Sample(0, (3, 1), 5), "a", reader.catalog, 10)
+    told = score(Guess(targets=(2, 6)), secret, reader)  # 6 has the target's title
+    assert told == dict.fromkeys(METRICS) | {"target_hit@1": 0.0, "target_hit@10": 1.0}
+
+
+def test_longest_common_subsequence_by_hand() -> None:
+    assert rouge_l([1, None, 2, 4], [1, 2, 3, 4]) == pytest.approx(2 * 3 / 7)
+    assert rouge_l([], [1]) == rouge_l([None], [1]) == 0.0
+
+
+def test_the_baseline_knows_popularity_and_nothing_of_the_user(reader: Reader) -> None:
+    popularity = torch.tensor([9, 8, 1, 7, 0, 0, 0, 0])
+    secret = secret_of(reader.backbone, Sample(0, (0, 4), 3), "a", reader.catalog, 10)
+    told = baseline(secret, popularity, reader)
+    assert told["token_recovery"] == 0.0
+    assert told["item_precision"] == told["item_recall"] == 0.5
+    assert told["target_hit@1"] == 0.0  # item 1 comes before
+    assert told["target_hit@10"] == 1.0
+
+
+def test_intervals_are_of_users_and_leave_out_what_is_not_known() -> None:
+    rows = [dict.fromkeys(METRICS, None) | {"item_f1": value} for value in (0.0, 1.0) * 50]
+    told = interval(rows)
+    assert told["rouge_l"] is None
+    own = told["item_f1"]
+    assert own is not None
+    assert own["mean"] == 0.5
+    assert 0.38 < own["low"] < 0.42
+    assert 0.58 < own["high"] < 0.62
+
+
+def _content(f1: float, guess: float = 0.1) -> dict:
+    def told(value: float) -> dict:
+        return {"mean": value, "low": value, "high": value}
+
+    cut = {"input_layers": 1, "output_layers": 0, "total_layers": 4}
+    audits = [
+        {"audit": "a", "knowledge": "own", "item_f1": told(f1)},
+        {"audit": "b", "knowledge": "own", "item_f1": None},
+    ]
+    other = [{"audit": "c", "knowledge": "own", "item_f1": told(1.0)}]
+    settings = [
+        {"cut": cut | {"input_layers": 0}, "noise": 0.0, "audits": other},
+        {"cut": cut, "noise": 0.0, "audits": audits},
+        {"cut": cut, "noise": 1.0, "audits": other},
+    ]
+    return {"cut": cut, "baseline": {"item_f1": told(guess)}, "settings": settings}
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [(0.9, "must not run this server"), (0.4, "partly known"), (0.12, "does not show that others would not")],
+)
+def test_the_verdict_follows_what_was_found_at_the_runs_own_cut(found: float, words: str) -> None:
+    told = verdict(_content(found))
+    assert words in told
+    assert f"F1 of {found:.2f}" in told
+    assert "gives 0.10" in told
+
+
+def test_without_a_figure_nothing_is_claimed() -> None:
+    content = _content(0.5)
+    for setting in content["settings"]:
+        setting["audits"] = setting["audits"][1:]
+    assert strongest(content) is None
+    assert verdict(content).startswith("No attack that was run says")
+
+
+def test_the_share_is_of_what_a_guess_leaves_open() -> None:
+    assert share_found(0.55, 0.1) == pytest.approx(0.5)
+    assert share_found(0.0, 0.1) == 0.0
+    assert share_found(1.0, 1.0) == 0.0

@@ -1,0 +1,105 @@
+"""The audit of a finished run, and the command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pplr.apps.cli import app
+from pplr.errors import ConfigError, RunError
+from pplr.privacy.audits import AUDITS
+from pplr.runtimes.auditing import AuditSettings, audit_run, make_settings
+from pplr.runtimes.run import Run, open_run
+from pplr.testing import refuses
+
+ITEM_VECTORS = ("backbone.name=item_vectors", "backbone.item_vectors.width=8", "backbone.item_vectors.hidden_width=8")
+
+
+@pytest.fixture(scope="module")
+def item_run(finished: Callable[..., Run], model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    from pplr.runtimes.in_process import train
+
+    config = finished().config.model_copy()
+    raw = config.model_dump(mode="json")
+    raw["backbone"] |= {
+        "name": "item_vectors",
+        "model": str(model_folder),
+        "item_vectors": raw["backbone"]["item_vectors"] | {"width": 8, "hidden_width": 8},
+    }
+    return train(type(config).model_validate(raw), tmp_path_factory.mktemp("audited") / "run")
+
+
+def found(content: dict, audit: str, knowledge: str, metric: str, setting: int = 0) -> float:
+    (own,) = [
+        own for own in content["settings"][setting]["audits"] if (own["audit"], own["knowledge"]) == (audit, knowledge)
+    ]
+    return float(own[metric]["mean"])
+
+
+def test_a_bare_cut_is_read_and_the_file_says_so(item_run: Run) -> None:
+    content = audit_run(item_run, AuditSettings(users=4, cuts=((0, 1), (1, 0)), noises=(0.0, 50.0)))
+    assert content == json.loads((item_run.folder / "audit.json").read_text())
+    assert len(content["settings"]) == 4
+    own = {own["audit"] for own in content["settings"][0]["audits"]}
+    assert own == set(AUDITS)
+    assert found(content, "vocabulary_matching", "own", "token_recovery") == 1.0
+    assert found(content, "vocabulary_matching", "own", "token_recovery", 2) > 0.9
+    noisy = found(content, "vocabulary_matching", "own", "token_recovery", 1)
+    assert noisy < 0.5
+    assert content["settings"][1]["worth"]["users"] > 0
+    assert content["baseline"]["item_f1"]["mean"] < 1.0
+    assert "server" in content["verdict"]
+
+
+def test_generated_titles_are_read_too(finished: Callable[..., Run]) -> None:
+    content = audit_run(finished(), AuditSettings(users=3, audits=("catalog_matching",), knowledge=("own",)))
+    assert content["cut"]["input_layers"] == 1
+    assert found(content, "catalog_matching", "own", "item_f1") > 0.9
+
+
+def test_the_same_seed_gives_the_same_figures(item_run: Run) -> None:
+    settings = AuditSettings(users=3, audits=("nearest_embedding",), noises=(1.0,), seed=5)
+    one, other = (audit_run(item_run, settings) for _ in range(2))
+    for content in (one, other):
+        content.pop("seconds")
+        for setting in content["settings"]:
+            for own in setting["audits"]:
+                own.pop("seconds")
+    assert one == other
+
+
+def test_the_last_layers_alone_change_nothing_at_the_first_cut(item_run: Run) -> None:
+    settings = AuditSettings(users=3, audits=("nearest_embedding",), knowledge=("own",), cuts=((1, 0), (1, 1)))
+    one, other = audit_run(item_run, settings)["settings"]
+    assert one["audits"] == other["audits"]
+
+
+def test_what_cannot_be_audited_is_refused(item_run: Run, tmp_path: Path) -> None:
+    with refuses(ConfigError, "no audit is called 'vocabulary'"):
+        AuditSettings(audits=("vocabulary",))
+    with refuses(ConfigError, "1 users"):
+        AuditSettings(users=1)
+    with refuses(ConfigError, "noise"):
+        AuditSettings(noises=(float("nan"),))
+    with refuses(ConfigError, "no knowledge is called 'all'"):
+        make_settings(knowledge=["all"])
+    with refuses(ConfigError, "no wire format is called 'int4'"):
+        make_settings(wire="int4")
+    (tmp_path / "config.yaml").write_text(item_run.config.to_yaml())
+    with refuses(RunError, "not finished"):
+        audit_run(open_run(tmp_path))
+
+
+def test_the_command_prints_tables_and_ends_with_the_verdict(item_run: Run) -> None:
+    arguments = ["audit", str(item_run.folder), "--users", "3", "--attack", "nearest_embedding", "--has", "own"]
+    result = CliRunner().invoke(app, [*arguments, "--sweep", "--noise", "0", "--noise", "2"])
+    assert result.exit_code == 0, result.output
+    content = json.loads((item_run.folder / "audit.json").read_text())
+    assert " ".join(result.stdout.split()).endswith(" ".join(content["verdict"].split()))
+    assert {(own["cut"]["input_layers"], own["noise"]) for own in content["settings"]} >= {(0, 0.0), (1, 2.0), (2, 0.0)}
+    assert (item_run.folder / "audit.png").read_bytes().startswith(b"\x89PNG")
+    assert CliRunner().invoke(app, [*arguments, "--cut", "1"]).exit_code == 1
