@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.claim_tables import claim_folders, claim_sections
 from benchmarks.cold_start_tables import RESULT, cold_start_sections
+from benchmarks.privacy_tables import privacy_section
 from benchmarks.recommendation_tables import recommendation_sections
 from benchmarks.tables import Section, page
 from benchmarks.tuning_tables import tuning_section
@@ -21,9 +22,9 @@ from pplr.storage import write_atomic
 ROOT = Path(__file__).parent.parent
 OPENING = (
     "Written by `python -m benchmarks.results` from `results/`, which comes from `python -m benchmarks.quality`, "
-    "`benchmarks.sasrec`, `benchmarks.cold_start`, `benchmarks.tune` and `benchmarks.claim`, and from "
-    "`docs/results_text/`, which is written by hand. Full catalog, history masked, ties against the model; means over "
-    "seeds with 95 % intervals (Student's t)."
+    "`benchmarks.sasrec`, `benchmarks.cold_start`, `benchmarks.tune`, `benchmarks.audit` and `benchmarks.claim`, and "
+    "from `docs/results_text/`, which is written by hand. Full catalog, history masked, ties against the model; means "
+    "over seeds with 95 % intervals (Student's t)."
 )
 
 
@@ -36,6 +37,8 @@ def sections_of(results: Path) -> list[Section]:
     sections = recommendation_sections({name: own for name, own in told.items() if name not in cold})
     for name, own in cold.items():
         sections += cold_start_sections(name, own)
+    for path in sorted((results / "privacy").glob("*.json")):
+        sections.append(privacy_section(path.stem, json.loads(path.read_text(encoding="utf-8"))))
     for path in sorted((results / "tuning").glob("*.json")):
         sections.append(tuning_section(path.stem, json.loads(path.read_text(encoding="utf-8"))))
     for folder in claim_folders(results):

@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=1, help="trials at once")
     arguments = parser.parse_args()
     seed = arguments.seeds[0]
-    failed = []
+    failed: list[str] = []
     told: dict[str, Any] = {}
     try:
         trials = read_grid(arguments.grid, [*arguments.overrides, f"run.seed={seed}"])

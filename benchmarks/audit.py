@@ -1,0 +1,62 @@
+"""What a server reads of a trained run, at several cuts and noises, kept in ``results/privacy/NAME.json`` with a plot.
+
+The run is trained once; each seed draws other users, other public text and other noise.
+
+    python -m benchmarks.audit configs/movielens_item_vectors.yaml --name item-vectors --set backbone.keep_blocks=12
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measuring import machine, quality_parser
+from benchmarks.quality import finish
+from pplr.apps.auditing import SWEPT_NOISES, draw_frontier, parse_cuts, sweep_cuts
+from pplr.errors import PplrError
+from pplr.runtimes.auditing import audit_run, make_settings
+from pplr.runtimes.run import open_run
+from pplr.storage import write_json
+
+ROOT = Path(__file__).parent.parent
+
+
+def main() -> None:
+    """Train, unless it is trained, attack with every seed, and write what came out."""
+    parser = quality_parser(__doc__)
+    parser.add_argument("--users", type=int, default=20)
+    parser.add_argument("--cut", nargs="+", default=[], metavar="K,M")
+    parser.add_argument("--noise", nargs="+", type=float, default=list(SWEPT_NOISES))
+    parser.add_argument("--attack", nargs="+", default=[])
+    parser.add_argument("--has", nargs="+", default=[])
+    arguments = parser.parse_args()
+    folder = ROOT / "runs" / "privacy" / arguments.name
+    told: list[dict[str, Any]] = []
+    try:
+        finish(arguments.config, arguments.overrides, folder)
+        run = open_run(folder)
+        cuts = parse_cuts(arguments.cut) or sweep_cuts(run.assembly().backbone.total_layers)
+        for seed in arguments.seeds:
+            settings = make_settings(
+                audits=arguments.attack,
+                knowledge=arguments.has,
+                users=arguments.users,
+                cuts=cuts,
+                noises=arguments.noise,
+                seed=seed,
+            )
+            told.append(audit_run(run, settings))
+            print(f"seed {seed}: {told[-1]['verdict']}", flush=True)
+    except PplrError as error:
+        sys.exit(f"error: {error}")
+    path = ROOT / "results" / "privacy" / f"{arguments.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"machine": machine(), "config": str(arguments.config), "set": arguments.overrides, "seeds": told}
+    write_json(path, content)
+    draw_frontier(told[0], path.with_suffix(".png"))
+    print(f"wrote results/privacy/{path.name} and its plot")
+
+
+if __name__ == "__main__":
+    main()
