@@ -38,9 +38,10 @@ def privacy_section(name: str, told: dict[str, Any]) -> Section:
     rows.append(["any", "any", "", "no states", "popularity", *guess])
     users = seeds[0]["users"]
     drawn = f"{users} users" if len(seeds) == 1 else f"{users} users of each of {len(seeds)} seeds"
+    started = f"`{command(told, 'python -m benchmarks.audit')} --name {name}`; {where(told['machine'])}."
     note = (
-        f"`{command(told, 'python -m benchmarks.audit')} --name {name}`; {where(told['machine'])}. Means over {drawn}; in parentheses the widest of the seeds' 95 % "
-        f"intervals (users resampled). Plot: [results/privacy/{name}.png](../results/privacy/{name}.png)."
+        f"{started} Means over {drawn}; in parentheses the widest of the seeds' 95 % intervals (users resampled). "
+        f"Plot: [results/privacy/{name}.png](../results/privacy/{name}.png)."
     )
     return Section(f"privacy-{name}", f"What a server reads: {name}", table(head, rows) + "\n\n" + note)
 

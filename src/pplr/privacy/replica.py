@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,8 +20,10 @@ __all__ = ["Replica"]
 
 _ROWS = 512
 """Candidates that run at once."""
-_FIRST, _SURE = 16, 0.03
-"""Candidates that run first, and the distance, as a share of the state's length, at which the others need not run."""
+_TIERS = (16, 128)
+"""How many of the most promising candidates run first, and then."""
+_SURE = 0.01
+"""The distance, as a share of the state's length, at which no further candidates run: about what rounding leaves."""
 
 
 class Replica:
@@ -84,8 +87,8 @@ class Replica:
             propose: Gives the candidates of a position, after the tokens before it, the most promising first: (S,).
 
         Yields:
-            Of each position the candidates that were run, nearest first, and their distances. When one of the first 16
-            is as near as rounding leaves the right one, the others are not run.
+            Of each position the candidates that were run, nearest first, and their distances. They run in tiers,
+            the promising ones first, until one is as near as rounding leaves the right one.
         """
         cache = self.backbone.new_cache(self._input.blocks) if len(self.plan.input) else None
         found: list[int] = []
@@ -100,10 +103,11 @@ class Replica:
                 self._extend(torch.tensor([waiting]), len(found) - len(waiting), cache)
             waiting = []
             candidates = propose(position, tuple(found))
-            distances = self._distances(candidates[:_FIRST], seen[position], len(found), cache)
-            if len(candidates) > _FIRST and float(distances.min()) > _SURE * float(seen[position].norm()):
-                rest = self._distances(candidates[_FIRST:], seen[position], len(found), cache)
-                distances = torch.cat([distances, rest])
+            distances = torch.empty(0)
+            for start, end in pairwise((0, *_TIERS, max(len(candidates), *_TIERS) + 1)):
+                some = candidates[start:end]
+                if len(some) and not bool((distances <= _SURE * float(seen[position].norm())).any()):
+                    distances = torch.cat([distances, self._distances(some, seen[position], len(found), cache)])
             candidates = candidates[: len(distances)]
             order = distances.argsort(stable=True).cpu()
             found.append(int(candidates[order[0]]))

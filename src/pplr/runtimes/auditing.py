@@ -234,10 +234,12 @@ class _Work:
         """Make what becomes of states on their way: noise, and rounding."""
         size, source = 0.0, torch.Generator().manual_seed(derive_seed(self.settings.seed, "noise", str(noise)))
         if noise > 0:
-            replica = Replica(self.backbone, plan, self.run.config.adapter, self.assembly.initial)
             rows = self.auxiliary(_AUXILIARY_FOR_SCALE, derive_seed(self.settings.seed, "scale"))
-            states = torch.cat([replica.states(torch.tensor([row]))[0] for row in rows])
-            size = noise * float(states.square().mean().sqrt())
+            squares = []
+            for adapter in self.adapters.values():
+                replica = Replica(self.backbone, plan, self.run.config.adapter, adapter)
+                squares += [float(replica.states(torch.tensor([row])).square().mean()) for row in rows]
+            size = noise * float(np.sqrt(np.mean(squares)))
 
         def changed(states: Tensor) -> Tensor:
             if size > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import ClassVar, cast
 
@@ -55,7 +56,8 @@ class CatalogMatching(Audit):
 class _Grammar:
     """Which tokens may follow: within a title those that continue one, at its end those that follow any title.
 
-    Titles are cut into tokens as prompts and answers hold them, with the quote before and what closes them after.
+    Titles are cut into tokens as prompts and answers hold them, with what may stand before and after them, since that
+    can be of one token with a title's first or last letter.
     """
 
     def __init__(self, backbone: CausalLM, attacker: Attacker) -> None:
@@ -64,14 +66,10 @@ class _Grammar:
         titles = list(dict.fromkeys(shown_title(title) for title in attacker.catalog.titles))
         after = template.prompt(["x"]).rsplit('"', 1)[1]
         self._trie: _Node = {}
-        closings = [f'"{after}', '", "', '"\n']
-        for closing in closings:
-            rows = tokenizer([f'"{title}{closing}' for title in titles], add_special_tokens=False).input_ids
-            for row in rows:
-                self._add(row)
-        for first in ('"', ' "', ', "', '", "'):  # where a title begins behind what stands before it
-            rows = tokenizer([f"{first}{title}" for title in titles], add_special_tokens=False).input_ids
-            for row in rows:
+        firsts, closings = ('"', ' "', ', "', '", "'), (f'"{after}', '", "', '"\n')
+        for first, closing in itertools.product(firsts, closings):
+            texts = [f"{first}{title}{closing}" for title in titles]
+            for row in tokenizer(texts, add_special_tokens=False).input_ids:
                 self._add(row)
         self._end = torch.tensor([backbone.end_token])
 

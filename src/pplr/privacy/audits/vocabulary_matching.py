@@ -13,7 +13,7 @@ from pplr.privacy.observing import Observation
 
 __all__ = ["VocabularyMatching", "guess_of", "nearest_pairs"]
 
-_SHORT = 128
+_SHORT = 512
 _PASSES = 256
 
 
