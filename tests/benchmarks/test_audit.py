@@ -1,0 +1,72 @@
+"""The audit as a benchmark: every seed is kept, and the table shows each attack once for each cut that it looks at."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import benchmarks.audit as audit
+from benchmarks.privacy_tables import privacy_section
+from pplr.privacy.scoring import METRICS
+
+
+def told(value: float) -> dict[str, dict[str, float] | None]:
+    return {name: None if name == "rouge_l" else {"mean": value, "low": value - 0.1, "high": value} for name in METRICS}
+
+
+def content(value: float) -> dict[str, Any]:
+    first = {"audit": "walk", "knowledge": "own", **told(value), "seconds": 1.0}
+    second = {"audit": "lens", "knowledge": "own", **told(0.5), "seconds": 1.0}
+
+    def setting(m: int, audits: list[dict[str, Any]]) -> dict[str, Any]:
+        cut = {"input_layers": 1, "output_layers": m, "total_layers": 4}
+        return {"cut": cut, "noise": 0.0, "worth": {"mean": value / 10, "users": 3}, "audits": audits}
+
+    return {
+        "backbone": "item_vectors",
+        "metric": "ndcg@10",
+        "users": 3,
+        "baseline": told(0.2),
+        "settings": [setting(0, [first, second]), setting(1, [first, {**second, "seconds": 2.0}])],
+        "verdict": "So it is.",
+    }
+
+
+def test_the_table_is_of_all_seeds() -> None:
+    kept = {
+        "machine": {"processor": "CPU", "threads": 1},
+        "config": "c.yaml",
+        "set": ["a.b=1"],
+        "seeds": [content(0.8), content(0.6)],
+    }
+    body = privacy_section("x", kept).body
+    rows = [line for line in body.splitlines() if line.startswith("| ")]
+    assert rows[2].startswith("| 1, 0 | 0 | 0.0700 | walk | own | 0.70 (0.50 to 0.80) |  |")
+    assert sum("walk" in row for row in rows) == 1
+    assert sum("lens" in row for row in rows) == 2
+    assert "| any | any |  | no states | popularity | 0.20 (0.10 to 0.20) |" in rows[-1]
+    assert "`python -m benchmarks.audit c.yaml --set a.b=1 --name x`" in body
+
+
+def test_every_seed_is_audited_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def fake(run: object, settings: Any) -> dict[str, Any]:
+        seeds.append(settings.seed)
+        assert settings.cuts == ((1, 0), (1, 1))
+        return content(0.5)
+
+    monkeypatch.setattr(audit, "ROOT", tmp_path)
+    monkeypatch.setattr(audit, "finish", lambda *arguments: None)
+    monkeypatch.setattr(audit, "open_run", lambda folder: None)
+    monkeypatch.setattr(audit, "audit_run", fake)
+    monkeypatch.setattr(sys, "argv", ["audit", "c.yaml", "--name", "x", "--cut", "1,0", "1,1", "--seeds", "3", "4"])
+    audit.main()
+    kept = json.loads((tmp_path / "results" / "privacy" / "x.json").read_text())
+    assert seeds == [3, 4]
+    assert len(kept["seeds"]) == 2
+    assert (tmp_path / "results" / "privacy" / "x.png").read_bytes().startswith(b"\x89PNG")
