@@ -40,7 +40,8 @@ def written(tmp_path: Path):
 
 def test_there_are_the_sections_of_a_run():
     assert list(Config.model_fields) == [
-        "data", "backbone", "cut", "adapter", "training", "federation", "evaluation", "runtime", "run",
+        "data", "backbone", "cut", "adapter", "training", "federation", "evaluation", "privacy",
+        "runtime", "run",
     ]  # fmt: skip
     assert len(FIELDS) > 60
 

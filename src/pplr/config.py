@@ -25,10 +25,12 @@ __all__ = [
     "HoldoutConfig",
     "ItemVectorsConfig",
     "PartitionConfig",
+    "PrivacyConfig",
     "PromptConfig",
     "RunConfig",
     "RuntimeConfig",
     "TrainingConfig",
+    "UserPrivacyConfig",
 ]
 
 
@@ -363,6 +365,47 @@ class FederationConfig(_Section):
     run elsewhere; among fewer than three updates none is refused for its size."""
 
 
+class UserPrivacyConfig(_Section):
+    """User-level differential privacy of local training; docs/dp.md says what its ε covers and what it does not."""
+
+    noise_multiplier: float | None = Field(default=None, gt=0)
+    """σ: standard deviation of the noise, in units of `clip_norm`. Absent, training is not private, and the fields
+    below say nothing."""
+
+    clip_norm: float = Field(default=1.0, gt=0)
+    """C: the most that one user can add to a step, as the norm of that user's gradient over all that is trained."""
+
+    sampling_rate: float = Field(default=0.1, gt=0, le=1)
+    """q: with this probability a user takes part in a step, each drawn alone. A local epoch has 1/q steps, and
+    `training.batch_size` is how many samples of one user are in memory at once."""
+
+    users_per_step: float = Field(default=16.0, gt=0)
+    """What the noisy sum of a step is divided by: about q times the users of a client. It is public, and the true
+    number is not, so it is not computed from them."""
+
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    """δ at which ε is told; choose it well below one over the users of a client."""
+
+    epsilon_budget: float | None = Field(default=None, gt=0)
+    """No round is trained that would bring a client's ε above this; never a stop when absent."""
+
+    freeze_middle: bool = False
+    """Leave the adapter of the middle blocks at its start. A stage server elsewhere needs it, as a user's gradient is
+    clipped over all stages at once."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether training is private."""
+        return self.noise_multiplier is not None
+
+
+class PrivacyConfig(_Section):
+    """What guards the users."""
+
+    dp: UserPrivacyConfig = UserPrivacyConfig()
+    """User-level differential privacy."""
+
+
 class EvaluationConfig(_Section):
     """How rankings are made and measured."""
 
@@ -457,6 +500,8 @@ class Config(_Section):
     """The method."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Rankings and metrics."""
+    privacy: PrivacyConfig = PrivacyConfig()
+    """What guards the users."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Where it runs."""
     run: RunConfig = RunConfig()

@@ -186,3 +186,46 @@ def test_a_stage_without_tensors_counts_steps_alone():
     assert {name: int(tensor) for name, tensor in optimizer.state().items()} == {"steps": 1}
     optimizer.restore({"steps": torch.tensor(3)})
     assert optimizer.steps == 3
+
+
+def test_kept_gradients_add_up_and_are_released_with_noise_as_the_gradient_of_a_step():
+    ours = tensors()
+    optimizer = StageOptimizer(ours, CONFIG)
+    optimizer.begin_round(8, LocalObjective(), None)
+    wanted = {name: torch.zeros(parameter.shape, dtype=torch.float64) for name, parameter in ours.items()}
+    for scale in (0.5, 0.0, 2.0):
+        for number, (name, parameter) in enumerate(ours.items()):
+            parameter.grad = torch.full_like(parameter, number + scale if scale else torch.nan)
+            wanted[name] += (number + scale) * scale
+        optimizer.keep_gradient(scale)
+        assert optimizer.data_norm_squared() == 0.0  # nothing is left for the next user
+    optimizer.release_gradient(lambda shape: torch.full(shape, 3.0, dtype=torch.float64), 4.0)
+    for name, parameter in ours.items():
+        torch.testing.assert_close(parameter.grad, ((wanted[name] + 3.0) / 4.0).float())
+    optimizer.step(1.0)
+    optimizer.release_gradient(lambda shape: torch.zeros(shape, dtype=torch.float64), 4.0)
+    assert not any(parameter.grad.any() for parameter in ours.values())  # a released sum is not released again
+
+
+def test_a_round_and_an_error_let_go_of_what_is_kept():
+    ours = tensors()
+    optimizer = StageOptimizer(ours, CONFIG)
+    for let_go in (optimizer.clear_gradients, lambda: optimizer.begin_round(8, LocalObjective(), None)):
+        for parameter in ours.values():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.keep_gradient(1.0)
+        let_go()
+        optimizer.release_gradient(lambda shape: torch.zeros(shape, dtype=torch.float64), 1.0)
+        assert not any(parameter.grad.any() for parameter in ours.values())
+        optimizer.clear_gradients()
+
+
+def test_the_norm_of_the_data_s_gradients_leaves_out_the_proximal_term():
+    ours = tensors()
+    optimizer = StageOptimizer(ours, CONFIG)
+    anchor = {name: parameter.detach() + 1 for name, parameter in ours.items()}
+    optimizer.begin_round(8, LocalObjective(proximal_mu=0.3), anchor)
+    for parameter in ours.values():
+        parameter.grad = torch.ones_like(parameter)
+    assert optimizer.data_norm_squared() == 16.0
+    assert optimizer.gradient_norm_squared() == pytest.approx(16 * 0.7**2)

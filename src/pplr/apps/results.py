@@ -31,6 +31,7 @@ def result_table(metrics: Mapping[str, Any], width: int | None = None) -> list[T
         _spread_table(metrics).lines(width) if metrics.get("spread") else [],
         _cost_table(metrics["cost"]).lines(width) if metrics.get("cost") else [],
         [Text(line) for line in _closing_lines(metrics)],
+        [Text(line) for line in _privacy_lines(metrics["privacy"])] if metrics.get("privacy") else [],
     ]
     lines: list[Text] = []
     for section in filter(None, sections):
@@ -107,4 +108,15 @@ def _closing_lines(metrics: Mapping[str, Any]) -> list[str]:
     return [
         f"wire: {human_bytes(wire.get('bytes_up'))} up, {human_bytes(wire.get('bytes_down'))} down",
         f"time: {taken or '-'}; {figure(speed, digits=1)} samples/s",
+    ]
+
+
+def _privacy_lines(privacy: Mapping[str, Any]) -> list[str]:
+    spent: Mapping[str, Any] = privacy.get("epsilon") or {}
+    told = ", ".join(f"client {clean(name)} {figure(value, digits=3)}" for name, value in spent.items())
+    unit, adjacency = clean(privacy.get("unit") or "-"), clean(privacy.get("adjacency") or "-")
+    return [
+        f"privacy: ε = {told or '-'}, at δ = {privacy.get('delta', '-')}, for each {unit} "
+        f"({adjacency}); middle adapter {clean(privacy.get('middle') or '-')}",
+        clean(privacy.get("note") or ""),
     ]

@@ -4,26 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from pplr.backbones.adapters import AdapterState
+from pplr.backbones.adapters import AdapterState, adapter_sha256
 from pplr.config import Config
 from pplr.errors import FederationError
 from pplr.federation.methods import Method
+from pplr.recommend.private_training import Coins, by_user, private_steps, train_privately
 from pplr.recommend.training import LocalResult, train_locally
 from pplr.stages.model import ClientModel
 from pplr.stages.transport import Traffic
 
-__all__ = ["Best", "FederatedClient", "Validate"]
+__all__ = ["Best", "Books", "FederatedClient", "Validate"]
 
 _OPTIMIZER = "optimizer."
 _PERSONAL = "personal."
 
 Validate = Callable[[ClientModel], Mapping[str, float | None]]
 """Measures a client's model on its own validation cases."""
+
+
+class Books(Protocol):
+    """A client's account of what its users' privacy was spent on."""
+
+    def book(self, server_round: int, start_sha256: str, steps: int) -> Coins:
+        """Write down that a round is about to be trained, before it is, and give its secret randomness.
+
+        The same round from the same start is booked once and has the same randomness; from another start it has
+        another, and is booked again.
+
+        Raises:
+            FederationError: It would go over the budget.
+        """
+
+    def epsilon(self) -> float:
+        """Say what is spent by everything that is booked."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +66,8 @@ class FederatedClient:
         model: The model whose adapter is exchanged.
         validate: Measures the model that serves the client.
         personal: With methods such as Ditto, a second model that serves the client and whose adapter is never sent.
+        owners: The user of each sample, where training is private.
+        books: The account of the users' privacy; training is private where there is one.
     """
 
     def __init__(
@@ -57,11 +77,15 @@ class FederatedClient:
         model: ClientModel,
         validate: Validate,
         personal: ClientModel | None = None,
+        owners: Sequence[int] = (),
+        books: Books | None = None,
     ) -> None:
         self.name = name
         self.encoded = encoded
         self.model = model
         self.personal = personal
+        self.books = books
+        self._owners = owners
         self.best: Best | None = None
         self._validate = validate
 
@@ -87,20 +111,28 @@ class FederatedClient:
 
         Returns:
             The result of the exchanged adapter; with a personal model, its time and samples are added.
+
+        Raises:
+            FederationError: Training failed, or would go over the budget of the users' privacy.
         """
-        shared: dict[str, Any] = {
-            "server_round": server_round,
-            "rounds": config.federation.rounds,
-            "seed": config.run.seed,
-            "advance": advance,
-        }
         objective = method.objective()
         anchor: AdapterState | None = None
         if objective.proximal_mu > 0 or self.personal is not None:
             anchor = {name: tensor.clone() for name, tensor in self.model.adapter().items()}
-        result = train_locally(
-            self.model, self.encoded, config.training, client=self.name, objective=objective, anchor=anchor, **shared
-        )
+        shared: dict[str, Any] = {"rounds": config.federation.rounds, "advance": advance, "anchor": anchor}
+        seeded: dict[str, Any] = {"server_round": server_round, "seed": config.run.seed}
+        if self.books is None:
+            result = train_locally(
+                self.model, self.encoded, config.training, client=self.name, objective=objective, **seeded, **shared
+            )
+        else:
+            private = config.privacy.dp
+            steps = private_steps(config.training.local_epochs, private.sampling_rate)
+            coins = self.books.book(server_round, self._start_sha256(), steps)
+            users = by_user(self.encoded, self._owners)
+            result = train_privately(
+                self.model, users, config.training, private, coins, client=self.name, objective=objective, **shared
+            )
         if self.personal is None:
             return result
         own = train_locally(
@@ -109,17 +141,18 @@ class FederatedClient:
             config.training,
             client=f"{self.name} personal",
             objective=method.personal_objective(),
-            anchor=anchor,
+            **seeded,
             **shared,
         )
-        return LocalResult(
-            samples=result.samples + own.samples,
-            steps=result.steps + own.steps,
-            tokens=result.tokens + own.tokens,
-            targets=result.targets + own.targets,
-            loss=own.loss,
-            seconds=result.seconds + own.seconds,
-        )
+        both = replace(result, seconds=result.seconds + own.seconds)
+        if self.books is not None:
+            return both  # what the personal adapter's training tells was not made private
+        counts = {key: getattr(result, key) + getattr(own, key) for key in ("samples", "steps", "tokens", "targets")}
+        return replace(both, loss=own.loss, **counts)
+
+    def _start_sha256(self) -> str:
+        """Hash everything but the data that a round of the exchanged adapter follows from."""
+        return adapter_sha256(self.model.adapter() | self.model.optimizer_state())
 
     def set_adapter(self, state: Mapping[str, Tensor]) -> None:
         """Take mixed tensors into the exchanged adapter; tensors that are not given stay."""
@@ -149,7 +182,8 @@ class FederatedClient:
 
         Returns:
             The metrics, and whether this round is the client's best so far. A client with nothing to validate on
-            takes its newest round.
+            takes its newest round, and so does one whose training is private: a choice by its users' data would tell
+            of them.
 
         Raises:
             FederationError: A measured value is not finite.
@@ -163,7 +197,7 @@ class FederatedClient:
                     cure="Lower training.learning_rate or set training.clip_norm.",
                 )
         score = measured.get(metric)
-        if score is None or self.best is None or self.best.score is None:
+        if score is None or self.best is None or self.best.score is None or self.books is not None:
             improved = True
         else:
             improved = score < self.best.score if metric == "loss" else score > self.best.score

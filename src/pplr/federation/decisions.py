@@ -31,7 +31,7 @@ class Report:
 
     Args:
         result: How the training went.
-        samples: Training samples that it holds.
+        samples: Training samples that it holds; 1 where their number is private.
     """
 
     result: LocalResult

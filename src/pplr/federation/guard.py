@@ -39,8 +39,9 @@ def check_trained(trained: Trained, initial: AdapterState, *, whose: str) -> Non
             )
     check_adapter(trained.adapter, {name: tuple(own.shape) for name, own in initial.items()}, whose=whose)
     result = trained.result
-    numbers = (result.loss, result.seconds)
-    counts = (trained.samples, result.samples, result.steps, result.tokens, result.targets)
+    told = (trained.samples, result.samples, result.steps, result.tokens, result.targets)
+    numbers = [number for number in (result.loss, result.seconds) if number is not None]
+    counts = [count for count in told if count is not None]
     if not all(math.isfinite(number) and number >= 0 for number in numbers) or min(counts) < 1:
         raise FederationError(
             f"{whose} tells of a loss of {result.loss}, {result.seconds} s and the counts {counts}, which no training "

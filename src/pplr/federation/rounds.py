@@ -100,6 +100,8 @@ def run_rounds(
         for name in participants:
             traffic = clients[name].traffic.since(crossed[name])
             record["clients"][name] |= {"bytes_up": traffic.bytes_up, "bytes_down": traffic.bytes_down}
+            if (books := clients[name].books) is not None:
+                record["clients"][name]["epsilon"] = books.epsilon()
         federation.records.append(record)
         federation.next_round += 1
         write_checkpoint(federation, store, improved)
@@ -119,7 +121,7 @@ def _told(client: FederatedClient, result: LocalResult, initial: AdapterState) -
         check_adapter(client.personal.adapter(), shapes, whose=f"client {client.name}'s personal adapter")
     private = client.model.backbone.private
     exchanged = {name: tensor for name, tensor in adapter.items() if name not in private}
-    return Trained(result, len(client.encoded), exchanged)
+    return Trained(result, len(client.encoded) if client.books is None else 1, exchanged)
 
 
 def _out_of_patience(federation: Federation, config: Config) -> bool:

@@ -1,1 +1,1 @@
-"""What leaks at the cut, measured by attacks that are run, and what guards against it."""
+"""What leaks at the cut and in adapters, measured by attacks that are run, and what guards against it."""

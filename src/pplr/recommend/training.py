@@ -21,7 +21,7 @@ __all__ = ["LocalResult", "evaluation_loss", "steps_per_round", "train_locally"]
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What one round of local training did.
+    """What one round of local training did; ``None`` where it was private and a figure would tell of the users.
 
     Args:
         samples: Samples seen, each epoch anew.
@@ -32,11 +32,11 @@ class LocalResult:
         seconds: Wall-clock time.
     """
 
-    samples: int
+    samples: int | None
     steps: int
-    tokens: int
-    targets: int
-    loss: float
+    tokens: int | None
+    targets: int | None
+    loss: float | None
     seconds: float
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,8 @@ from pplr.errors import ConfigError, PartitionError, nearest
 from pplr.federation.client import FederatedClient, Validate
 from pplr.federation.methods import make_method
 from pplr.federation.rounds import Federation
+from pplr.privacy.ledger import Ledger
+from pplr.privacy.refusals import refuse_lies
 from pplr.progress import Progress
 from pplr.recommend.evaluation import Ranker, evaluate
 from pplr.recommend.generative import GenerativeRanker, TitleSpace, read_texts
@@ -41,6 +44,7 @@ from pplr.runtimes.address import StageServerAt
 from pplr.seeds import derive_seed
 from pplr.stages.cut import CutPlan
 from pplr.stages.model import ClientModel, CutModel
+from pplr.storage import sha256_bytes
 
 if TYPE_CHECKING:
     from pplr.runtimes.connections import Connections
@@ -158,6 +162,7 @@ class Assembly:
         self.progress = progress
         self.method = make_method(config.federation)
         self._check_metric()
+        refuse_lies(config, hosted_elsewhere=stage_server is not None)
         if config.runtime.threads is not None:
             torch.set_num_threads(config.runtime.threads)
         with progress.task("loading the data", 1, "sources") as advance:
@@ -274,16 +279,40 @@ class Assembly:
             return MatchingRanker(model, history_items=self.config.data.history_items)
         return GenerativeRanker(model, self.space, self.config.evaluation, history_items=self.config.data.history_items)
 
-    def federation(self) -> Federation:
-        """Admit every client with the one initial adapter, its encoded samples and its validation."""
-        names = (POOLED,) if self.method.pooled else self.data.partition.names
-        return Federation([self.federated_client(name) for name in names], self.method, self.initial)
+    @property
+    def trainers(self) -> tuple[str, ...]:
+        """Names of those who train: all clients, or the one that stands for them."""
+        return (POOLED,) if self.method.pooled else tuple(self.data.partition.names)
 
-    def federated_client(self, name: str) -> FederatedClient:
-        """Admit one client with the initial adapter, its encoded samples and its validation."""
+    def federation(self, ledgers: Path | None = None) -> Federation:
+        """Admit every client with the one initial adapter, its encoded samples and its validation.
+
+        Args:
+            ledgers: Folder of the clients' ledgers, where training is private.
+        """
+        clients = [self.federated_client(name, ledgers) for name in self.trainers]
+        return Federation(clients, self.method, self.initial)
+
+    def federated_client(self, name: str, ledgers: Path | None = None) -> FederatedClient:
+        """Admit one client with the initial adapter, its encoded samples and its validation.
+
+        Args:
+            name: The client.
+            ledgers: Folder of its ledger, where training is private.
+
+        Raises:
+            ConfigError: Training is private, and there is no folder for the ledger.
+            RunError: The ledger cannot be read.
+        """
+        samples, private, books = self._samples(name), self.config.privacy.dp, None
+        if private.is_on:
+            if ledgers is None:
+                raise ConfigError("private training without a ledger", cure="Say in which folder the client keeps it.")
+            books = Ledger(ledgers, name, private, sha256_bytes(repr(list(samples)).encode()))
         personal = self.admit(name, self.initial, "personal") if self.method.personal else None
-        encoded = self._encode(self._samples(name))
-        return FederatedClient(name, encoded, self.admit(name, self.initial), self._validation(name), personal)
+        model, validation = self.admit(name, self.initial), self._validation(name)
+        owners = [sample.user for sample in samples]
+        return FederatedClient(name, self._encode(samples), model, validation, personal, owners, books)
 
     def serving(self, federation: Federation) -> dict[str, FederatedClient]:
         """Say which trainer serves each client of the partition."""

@@ -18,6 +18,7 @@ from pplr.errors import ConfigError, FederationError, IdentityError
 from pplr.federation.checkpoints import CheckpointStore
 from pplr.federation.methods import make_method
 from pplr.federation.server import FederationServer
+from pplr.privacy.refusals import refuse_lies
 from pplr.progress import Progress, Silent
 from pplr.recommend.metrics import spread
 from pplr.runtimes.address import LinkAddress, StageServerAt
@@ -168,6 +169,8 @@ def train(
             "runtime": config.runtime.model_copy(update={"name": "flower"}),
         }
     )
+
+    refuse_lies(config, hosted_elsewhere=stage_server is not None)
 
     def identify(grid: Grid) -> Mapping[int, str]:
         keys = _keys(federation)

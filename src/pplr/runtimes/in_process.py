@@ -14,6 +14,7 @@ from pplr.config import Config
 from pplr.errors import CheckpointError
 from pplr.federation.checkpoints import CheckpointStore
 from pplr.federation.rounds import Federation, restore_checkpoint, run_rounds
+from pplr.privacy.ledger import Ledger, coverage, refuse_over_budget
 from pplr.progress import Progress, Silent
 from pplr.recommend.evaluation import Evaluation, Ranker, evaluate
 from pplr.recommend.floors import fit_floor
@@ -24,7 +25,10 @@ from pplr.runtimes.run import Run
 from pplr.runtimes.run_folder import RoundWriter, claimed, training_cost, write_start
 from pplr.storage import write_json
 
-__all__ = ["evaluate_run", "train"]
+__all__ = ["LEDGERS", "evaluate_run", "train"]
+
+LEDGERS = "privacy"
+"""In a run folder: what each client's users have spent, and the secrets of its randomness."""
 
 
 def train(
@@ -59,11 +63,15 @@ def train(
     started: float | None = time.perf_counter()
     with claimed(folder, config, resume=resume), contextlib.ExitStack() as closing:
         assembly = closing.enter_context(contextlib.closing(Assembly(config, progress, backbone, stage_server)))
-        federation = assembly.federation()
+        if config.privacy.dp.is_on:
+            progress.note(refuse_over_budget(config, assembly.trainers))
+            progress.note(coverage(personal=assembly.method.personal))
+        federation = assembly.federation(folder / LEDGERS)
         write_start(folder, assembly)
         store = CheckpointStore(folder / "checkpoints", keep=config.run.checkpoints, warn=progress.note)
         if resume and (checkpoint := store.newest()) is not None:
             restore_checkpoint(federation, checkpoint)
+            _check_ledgers(federation)
             started = None  # the time of the processes before this one is not known
             progress.note(f"going on after server round {federation.next_round} of {config.federation.rounds}")
         writer = RoundWriter(federation, folder, progress)
@@ -75,6 +83,14 @@ def train(
         evaluate_run(run, progress, started=started)
         closing.pop_all()  # the run goes on with the parts
         return run
+
+
+def _check_ledgers(federation: Federation) -> None:
+    """Refuse to go on where a client's ledger lacks a round that it has trained."""
+    for client in federation.clients:
+        if isinstance(client.books, Ledger):
+            told = [(record["server_round"], record["clients"].get(client.name, {})) for record in federation.records]
+            client.books.check(server_round for server_round, own in told if "epsilon" in own)
 
 
 def _export(federation: Federation, assembly: Assembly, store: CheckpointStore, folder: Path) -> None:
@@ -175,4 +191,25 @@ def _metrics(run: Run, assembly: Assembly, found: Mapping[str, Evaluation]) -> d
         "wire": {"bytes_up": trained["bytes_up"], "bytes_down": trained["bytes_down"]},
     }
     content["samples_per_second"] = trained["samples_per_second"]
+    if config.privacy.dp.is_on:
+        content["privacy"] = _privacy(run, assembly)
     return content
+
+
+def _privacy(run: Run, assembly: Assembly) -> dict[str, Any]:
+    """Say what the run spent, of what, and what that does not cover."""
+    private = run.config.privacy.dp
+    spent = dict.fromkeys(assembly.trainers, 0.0)  # a client that was never drawn spends nothing
+    for record in run.rounds:
+        spent |= {name: own["epsilon"] for name, own in record["clients"].items() if "epsilon" in own}
+    return {
+        "unit": "user",
+        "adjacency": "add or remove one user",
+        "epsilon": spent,
+        "delta": private.delta,
+        "noise_multiplier": private.noise_multiplier,
+        "sampling_rate": private.sampling_rate,
+        "clip_norm": private.clip_norm,
+        "middle": "frozen" if private.freeze_middle else "trained",
+        "note": coverage(personal=assembly.method.personal),
+    }

@@ -109,11 +109,12 @@ def _first_difference(before: Config, after: Config) -> str:
 
 def training_cost(records: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
     """Add up what the rounds recorded of the clients' training; ``None`` where nothing is recorded."""
-    rows = [client for record in records for client in record["clients"].values() if client.get("samples")]
+    rows = [client for record in records for client in record["clients"].values() if "seconds" in client]
     seconds = sum(row["seconds"] for row in rows)
+    samples = [row["samples"] for row in rows if row["samples"] is not None]  # private training tells none
     return {
         "seconds": seconds if rows else None,
-        "samples_per_second": sum(row["samples"] for row in rows) / seconds if seconds else None,
+        "samples_per_second": sum(samples) / seconds if seconds and len(samples) == len(rows) else None,
         "bytes_up": sum(row["bytes_up"] for row in rows) if rows else None,
         "bytes_down": sum(row["bytes_down"] for row in rows) if rows else None,
     }

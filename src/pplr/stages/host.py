@@ -17,7 +17,7 @@ from pplr.backbones.base import Backbone
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import TransportError
 from pplr.stages.cut import CutPlan
-from pplr.stages.optimizer import LocalObjective
+from pplr.stages.optimizer import LocalObjective, StageOptimizer
 from pplr.stages.stage import Member, Stage, StageCall
 
 __all__ = ["StageHost"]
@@ -191,6 +191,10 @@ class StageHost:
         member = self._of(client).member
         member.check(state, whose=f"client {client}'s middle adapter")
         member.set_adapter(state)
+
+    def optimizer(self, client: str) -> StageOptimizer:
+        """Return a client's middle optimizer itself, for one that is in the same process."""
+        return self._of(client).member.optimizer
 
     def optimizer_state(self, client: str) -> dict[str, Tensor]:
         """Return the client's middle optimizer state."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +21,12 @@ from pplr.backbones.adapters import (
 )
 from pplr.backbones.base import Backbone, Batch
 from pplr.config import AdapterConfig, TrainingConfig
-from pplr.errors import CheckpointError, TransportError
+from pplr.errors import CheckpointError, ConfigError, TransportError
 from pplr.seeds import derive_seed
 from pplr.stages.boundary import Crossing
 from pplr.stages.cut import CutPlan
 from pplr.stages.host import StageHost
-from pplr.stages.optimizer import LocalObjective
+from pplr.stages.optimizer import LocalObjective, StageOptimizer
 from pplr.stages.stage import Member, Stage, StageCall
 from pplr.stages.transport import LocalTransport, TakingTransport, Traffic, Transport
 
@@ -283,6 +284,47 @@ class ClientModel:
             self.transport.optimizer_step(scale)
         self._constants_are_old = bool(self.backbone.constant)
         return norm
+
+    def keep_gradient(self, clip_norm: float, *, middle: bool = True) -> float:
+        """Clip what backward passes left by its norm over all stages, add it to the sum that is kept, and clear it.
+
+        A gradient that is not finite adds nothing: it could not be bounded, and an error would tell of it.
+
+        Args:
+            clip_norm: The most that it adds.
+            middle: Whether the middle adapter is trained; without it, what reached it is let go.
+
+        Returns:
+            The norm before clipping.
+
+        Raises:
+            ConfigError: The middle adapter is to be trained, and its gradients are on a server.
+        """
+        optimizers = self._optimizers(middle=middle)
+        norm = math.sqrt(sum(own.data_norm_squared() for own in optimizers))
+        scale = min(1.0, clip_norm / norm) if norm > 0 else 1.0
+        for own in optimizers:
+            own.keep_gradient(scale if math.isfinite(norm) else 0.0)
+        if self.transport is not None and not middle:
+            self.transport.discard()
+        return norm
+
+    def release_gradient(self, noise: Callable[[torch.Size], Tensor], divisor: float, *, middle: bool = True) -> None:
+        """Make the kept sum with noise the gradient of the next step; see :meth:`StageOptimizer.release_gradient`."""
+        for own in self._optimizers(middle=middle):
+            own.release_gradient(noise, divisor)
+
+    def _optimizers(self, *, middle: bool) -> list[StageOptimizer]:
+        """Collect the optimizers of all stages whose gradients are clipped together."""
+        own = [member.optimizer for member in self._members]
+        if self.transport is None or not middle:
+            return own
+        if not isinstance(self.transport, LocalTransport):
+            raise ConfigError(
+                "a user's gradient is clipped over all stages at once, and the middle one is on a stage server",
+                cure="Set privacy.dp.freeze_middle: true, or train without a stage server.",
+            )
+        return [*own, self.transport.optimizer]
 
     def end_round(self) -> None:
         """Let go of what only the round needed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,7 @@ class StageOptimizer:
         self.total_steps = 1
         self._objective = LocalObjective()
         self._anchor: dict[str, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}
         self._adam = self._new_adam()
 
     def _new_adam(self) -> torch.optim.AdamW | None:
@@ -109,24 +110,53 @@ class StageOptimizer:
             }
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(objective.train_a or "lora_A" not in name)
-            parameter.grad = None
+        self.clear_gradients()
 
     def gradient_norm_squared(self) -> float:
         """Add the proximal term to the gradients and return their squared norm over this stage, in float64.
 
         To be called once before each step, since the term is added each time.
         """
-        squares: list[Tensor] = []
         for name, parameter in self.parameters.items():
             if name in self._anchor and parameter.requires_grad:
                 pull = self._objective.proximal_mu * (parameter.detach() - self._anchor[name])
                 parameter.grad = pull if parameter.grad is None else parameter.grad + pull
-            if parameter.grad is not None:
-                squares.append(parameter.grad.double().square().sum())
+        return self.data_norm_squared()
+
+    def data_norm_squared(self) -> float:
+        """Return the squared norm over this stage, in float64, of what backward passes alone have left."""
+        gradients = [own.grad for own in self.parameters.values() if own.grad is not None]
+        squares = [gradient.double().square().sum() for gradient in gradients]
         total = 0.0
         for square in torch.stack(squares).tolist() if squares else ():  # an accelerator is waited for once
             total += square
         return total
+
+    def keep_gradient(self, scale: float) -> None:
+        """Add the gradients times a factor to a sum that is kept apart, in float64, and clear them.
+
+        Args:
+            scale: The factor; with 0 nothing is added, whatever the gradients are.
+        """
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None and scale != 0.0:
+                own = parameter.grad.double() * scale
+                self._kept[name] = own if name not in self._kept else self._kept[name] + own
+            parameter.grad = None
+
+    def release_gradient(self, noise: Callable[[torch.Size], Tensor], divisor: float) -> None:
+        """Make the kept sum, with noise in every tensor that is trained, the gradients of the next step.
+
+        Args:
+            noise: Draws float64 noise of a shape.
+            divisor: What sum and noise are divided by.
+        """
+        for name, parameter in self.parameters.items():
+            if parameter.requires_grad:
+                total = noise(parameter.shape).to(parameter.device)
+                total = total + self._kept[name] if name in self._kept else total
+                parameter.grad = (total / divisor).to(parameter.dtype)
+        self._kept = {}
 
     def step(self, scale: float) -> None:
         """Scale the gradients, step once, and clear them.
@@ -147,7 +177,8 @@ class StageOptimizer:
         self.clear_gradients()
 
     def clear_gradients(self) -> None:
-        """Let go of what backward passes left, as after a step or an error."""
+        """Let go of what backward passes left and of what is kept of them, as after a step or an error."""
+        self._kept = {}
         for parameter in self.parameters.values():
             parameter.grad = None
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pplr.backbones.adapters import AdapterState
 from pplr.stages.host import StageHost
-from pplr.stages.optimizer import LocalObjective
+from pplr.stages.optimizer import LocalObjective, StageOptimizer
 from pplr.stages.stage import StageCall
 
 __all__ = ["LocalTransport", "TakingTransport", "Traffic", "Transport"]
@@ -111,6 +111,11 @@ class LocalTransport:
         self.traffic = Traffic()
         self._host = host
         self._client = client
+
+    @property
+    def optimizer(self) -> StageOptimizer:
+        """The optimizer of the middle adapter, whose gradients are at hand in this process."""
+        return self._host.optimizer(self._client)
 
     def _count(self, states: Tensor, tokens: int, *, replies: bool = True) -> None:
         crossed = tokens * states.shape[-1] * states.element_size()

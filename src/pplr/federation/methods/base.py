@@ -27,14 +27,14 @@ class RoundView:
         server_round: t, counted from 0.
         adapters: C adapters after local training, in memory or on disk.
         initial: The adapter that all clients started from.
-        losses: (C,) mean training loss per answer token.
-        samples: (C,) training samples.
+        losses: (C,) mean training loss per answer token; ``None`` of a client whose training is private.
+        samples: (C,) training samples; 1 of a client whose training is private.
     """
 
     server_round: int
     adapters: Stack | Sequence[AdapterState]
     initial: AdapterState
-    losses: Sequence[float]
+    losses: Sequence[float | None]
     samples: Sequence[int]
 
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pplr.errors import FederationError
 from pplr.federation.aggregation import mixing_weights, similarity
 from pplr.federation.heating import heating_weight, loss_share
 from pplr.federation.methods.base import Method, Mixing, RoundView, register
@@ -27,10 +28,19 @@ class PPLR(Method):
     name: ClassVar[str] = "pplr"
 
     def mixing(self, view: RoundView) -> Mixing:
-        """Compare adapters, share the loss, heat, weigh."""
+        """Compare adapters, share the loss, heat, weigh; without the losses nobody is heated.
+
+        Raises:
+            FederationError: There is heating, and a client does not tell its loss.
+        """
         config = self.config
         alike = similarity(view.adapters, view.initial, of=config.similarity)
-        shares = loss_share(view.losses, temperature=config.temperature)
+        losses = [loss for loss in view.losses if loss is not None]
+        if len(losses) < len(view.losses):
+            if config.heating_scale is not None:
+                raise FederationError("heating without every client's loss", cure="Set federation.heating_scale: null.")
+            return Mixing(mixing_weights(self.parts(alike, view), [1.0] * len(view.losses)), alike)
+        shares = loss_share(losses, temperature=config.temperature)
         heating = np.array(
             [
                 heating_weight(
