@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pplr.testing.audits import AuditContract
+import pytest
+import torch
+
+from pplr.privacy.audits import inverter, label_gradients, make_audit
+from pplr.privacy.observing import Observation
+from pplr.testing.audits import AuditContract, Scene
 
 
 class TestNearestEmbedding(AuditContract):
@@ -40,3 +45,105 @@ class TestCatalogMatchingBehindBlocks(AuditContract):
     audit = "catalog_matching"
     cut = (2, 0)
     finds: ClassVar = {"causal_lm": 0.9, "item_vectors": 0.9}
+
+
+class TestInverter(AuditContract):
+    audit = "inverter"
+    finds: ClassVar = {"causal_lm": 0.95, "item_vectors": 0.95}
+
+
+class TestInverterBehindBlocks(AuditContract):
+    audit = "inverter"
+    cut = (2, 1)
+    levels = ("pairs",)
+    finds: ClassVar = {"item_vectors": 0.4}
+
+
+class TestLabelGradients(AuditContract):
+    audit = "label_gradients"
+    metric = "target_hit@1"
+    cut = (0, 0)
+    finds: ClassVar = {"causal_lm": 0.9, "item_vectors": 0.9}
+
+
+class TestLabelGradientsBehindABlock(AuditContract):
+    audit = "label_gradients"
+    metric = "target_hit@1"
+    cut = (0, 1)
+    finds: ClassVar = {"causal_lm": 0.9, "item_vectors": 0.9}
+
+
+class TestLabelGradientsBehindBlocks(AuditContract):
+    audit = "label_gradients"
+    metric = "target_hit@1"
+    cut = (1, 2)
+    finds: ClassVar = {"causal_lm": 0.9, "item_vectors": 0.9}
+
+
+class _Predicting(AuditContract):
+    __test__ = False
+    audit = "label_lens"
+    metric = "target_hit@1"
+    finds: ClassVar = {"causal_lm": 0.9, "item_vectors": 0.9}
+
+    def seen(self, scene: Scene) -> list[Observation]:
+        return scene.predicting()
+
+
+class TestLabelLens(_Predicting):
+    __test__ = True
+    cut = (0, 0)
+
+
+class TestLabelLensBehindABlock(_Predicting):
+    __test__ = True
+    cut = (0, 1)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_came_before_is_run_once_and_changes_nothing(rows):
+    scene = Scene("causal_lm", (0, 2))
+    own, replica = scene.seen()[0].returned, scene.replica()
+    with torch.no_grad():
+        whole = replica.leave(own[None])[0, -5:]
+        parts = replica.leave(own[None, -5:].expand(rows, -1, -1), own[:-5])
+    torch.testing.assert_close(parts, whole.expand(rows, -1, -1))
+
+
+@pytest.mark.parametrize("name", ["causal_lm", "item_vectors"])
+@pytest.mark.parametrize("last", [0, 2])
+def test_a_candidate_gradient_is_the_one_that_a_client_would_send(name, last, monkeypatch):
+    best = []
+    ranked = label_gradients._cosines
+
+    def kept(candidates, seen):
+        best.append(float(ranked(candidates, seen).max()))
+        return ranked(candidates, seen)
+
+    monkeypatch.setattr(label_gradients, "_cosines", kept)
+    scene = Scene(name, (0, last))
+    make_audit("label_gradients").attack(scene.seen()[:1], scene.attacker("own"))
+    assert max(best) > 0.9999
+
+
+def test_titles_are_chosen_by_norm_and_head_before_they_are_taken_through_blocks(monkeypatch):
+    monkeypatch.setattr(label_gradients, "_SHORT", 10)
+    scene = Scene("causal_lm", (0, 1))
+    guesses = make_audit("label_gradients").attack(scene.seen(), scene.attacker("own"))
+    assert scene.mean(guesses, "target_hit@1") >= 0.9
+
+
+def test_no_gradient_no_guess():
+    scene = Scene("item_vectors", (0, 1))
+    (own, *_) = scene.seen()
+    blind = Observation(own.states, own.returned, None)
+    assert make_audit("label_gradients").attack([blind], scene.attacker("own"))[0].targets is None
+
+
+def test_training_an_inverter_leaves_the_random_state_alone(monkeypatch):
+    monkeypatch.setattr(inverter, "_EPOCHS", 1)
+    scene = Scene("item_vectors", (0, 1))
+    seen, attacker = scene.seen(), scene.attacker("own")
+    before = torch.random.get_rng_state()
+    make_audit("inverter").attack(seen, attacker)
+    assert torch.equal(before, torch.random.get_rng_state())

@@ -61,9 +61,26 @@ class Replica:
         entering = self.backbone.embed(rows.to(self.backbone.device), self._first.ends)
         return self._input.run(self._first, entering, StageCall()).float()
 
-    def leave(self, states: Tensor) -> Tensor:
-        """Run states of the second cut through the output stage: (B, T, D) -> (B, T, D), with gradients if wanted."""
-        return self._output.run(self._last, states.to(self.backbone.dtype), StageCall())
+    def leave(self, states: Tensor, past: Tensor | None = None) -> Tensor:
+        """Run states of the second cut through the output stage, with gradients if wanted.
+
+        Args:
+            states: (B, T, D).
+            past: (T_past, D), what came before in every row, of which no gradient is wanted.
+
+        Returns:
+            (B, T, D).
+        """
+        states = states.to(device=self.backbone.device, dtype=self.backbone.dtype)
+        if past is None or len(past) == 0 or len(self.plan.output) == 0:
+            return self._output.run(self._last, states, StageCall())
+        cache = self.backbone.new_cache(self._output.blocks)
+        with torch.no_grad():
+            self._output.run(self._last, past[None].to(states), StageCall(), cache)
+        cache.batch_repeat_interleave(len(states))
+        position_ids = torch.arange(len(past), len(past) + states.shape[1], device=states.device)[None]
+        call = StageCall(position_ids=position_ids.expand(len(states), -1))
+        return self._output.run(self._last, states, call, cache)
 
     def vocabulary(self) -> Tensor:
         """List everything that a token may be: (V,)."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pplr.backbones.base import Backbone
+from pplr.backbones.base import Backbone, Batch
 from pplr.backbones.causal_lm import CausalLM
 from pplr.backbones.item_vectors import ItemVectors
 from pplr.config import AdapterConfig, ItemVectorsConfig, TrainingConfig
@@ -31,6 +31,8 @@ __all__ = ["AuditContract", "Scene"]
 _ITEMS = 60
 _USERS = 6
 _HISTORY = 6
+_FORESIGHT = 60
+"""Steps in which states are moved until they predict a target."""
 
 
 class Scene:
@@ -44,7 +46,7 @@ class Scene:
     def __init__(self, name: str, cut: tuple[int, int]) -> None:
         draw = np.random.default_rng(0)
         letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
-        titles = tuple("".join(draw.choice(letters, 5)).title() for _ in range(_ITEMS))
+        titles = tuple("".join(draw.choice(letters, int(draw.integers(4, 7)))).title() for _ in range(_ITEMS))
         self.catalog = Catalog(tuple(f"t{number}" for number in range(_ITEMS)), titles)
         text = CausalLM(tiny_decoder(seed=3), tiny_tokenizer(), max_tokens=512, folder="tiny")
         self.backbone: Backbone = text
@@ -74,20 +76,39 @@ class Scene:
         draw = np.random.default_rng([7, seed])
         return [self.row(self._sample(-1 - number, draw)) for number in range(passes)]
 
+    def batches(self) -> list[Batch]:
+        """Make a pass of each user."""
+        return [self.backbone.collate(self.backbone.encode([own], self.catalog, _HISTORY)) for own in self.samples]
+
     def seen(self) -> list[Observation]:
         """What the server sees of each user."""
-        batches = [self.backbone.collate(self.backbone.encode([own], self.catalog, _HISTORY)) for own in self.samples]
-        return [observe(self.model, self.adapter, batch, lambda states: states) for batch in batches]
+        return [observe(self.model, self.adapter, batch, lambda states: states) for batch in self.batches()]
+
+    def predicting(self) -> list[Observation]:
+        """What the server would see if its middle stage foresaw each target, which an untrained one does not."""
+        replica, found = self.replica(), []
+        for batch, own in zip(self.batches(), self.seen(), strict=True):
+            states = own.returned.clone().requires_grad_(True)
+            optimizer = torch.optim.Adam([states], lr=0.1 * float(own.returned.std()))
+            for _ in range(_FORESIGHT):
+                optimizer.zero_grad()
+                self.backbone.loss(replica.leave(states[None]), batch, replica.output_ends).backward()
+                optimizer.step()
+            found.append(replace(own, returned=states.detach()))
+        return found
+
+    def replica(self) -> Replica:
+        """Copy the client's stages with its own adapter."""
+        return Replica(self.backbone, self.plan, self.config, self.adapter)
 
     def attacker(self, knowledge: Knowledge) -> Attacker:
         """Make an attacker who has the client's own adapter, or pairs."""
-        replica = Replica(self.backbone, self.plan, self.config, self.adapter)
         prefix: tuple[int, ...] = ()
         if isinstance(self.backbone, CausalLM):
             (start,) = (own.is_private.index(True) for own in self.secrets[:1])
             prefix = self.secrets[0].tokens[:start]
         popularity = torch.arange(_ITEMS).flip(0)
-        return Attacker(knowledge, replica, self.catalog, popularity, self.auxiliary, prefix)
+        return Attacker(knowledge, self.replica(), self.catalog, popularity, self.auxiliary, prefix)
 
     def mean(self, guesses: Sequence[Guess], metric: str) -> float:
         """Average a metric over users."""
@@ -121,13 +142,17 @@ class AuditContract:
     cut: ClassVar[tuple[int, int]] = (0, 1)
     chance: ClassVar[float] = 0.2
 
+    def seen(self, scene: Scene) -> list[Observation]:
+        """Choose what is attacked."""
+        return scene.seen()
+
     def test_it_finds_what_is_bare(self) -> None:
         """It succeeds where it must."""
         for backbone, wanted in self.finds.items():
             scene = _scene(backbone, self.cut)
             for knowledge in self.levels:
                 if knowledge in make_audit(self.audit).knows:
-                    guesses = make_audit(self.audit).attack(scene.seen(), scene.attacker(knowledge))
+                    guesses = make_audit(self.audit).attack(self.seen(scene), scene.attacker(knowledge))
                     found = scene.mean(guesses, self.metric)
                     assert found >= wanted, f"{backbone}, {knowledge}: {found}"
 
@@ -135,7 +160,7 @@ class AuditContract:
         """It fails where it must."""
         for backbone in self.finds:
             scene = _scene(backbone, self.cut)
-            seen = [_random(own, place) for place, own in enumerate(scene.seen())]
+            seen = [_random(own, place) for place, own in enumerate(self.seen(scene))]
             found = scene.mean(make_audit(self.audit).attack(seen, scene.attacker("own")), self.metric)
             assert found <= self.chance, f"{backbone}: {found}"
 
@@ -143,7 +168,7 @@ class AuditContract:
         """The same observations give the same guesses, and those of another user give that user's."""
         for backbone in self.finds:
             scene = _scene(backbone, self.cut)
-            seen = scene.seen()[:2]
+            seen = self.seen(scene)[:2]
             forward = make_audit(self.audit).attack(seen, scene.attacker("own"))
             assert make_audit(self.audit).attack(seen[::-1], scene.attacker("own")) == forward[::-1]
 

@@ -5,6 +5,9 @@ A new attack is a file that registers a subclass of :class:`Audit`, an import he
 
 from pplr.privacy.audits.base import AUDITS, Attacker, Audit, Guess, Knowledge, make_audit
 from pplr.privacy.audits.catalog_matching import CatalogMatching
+from pplr.privacy.audits.inverter import Inverter
+from pplr.privacy.audits.label_gradients import LabelGradients
+from pplr.privacy.audits.label_lens import LabelLens
 from pplr.privacy.audits.logit_lens import LogitLens
 from pplr.privacy.audits.nearest_embedding import NearestEmbedding
 from pplr.privacy.audits.vocabulary_matching import VocabularyMatching
@@ -15,7 +18,10 @@ __all__ = [
     "Audit",
     "CatalogMatching",
     "Guess",
+    "Inverter",
     "Knowledge",
+    "LabelGradients",
+    "LabelLens",
     "LogitLens",
     "NearestEmbedding",
     "VocabularyMatching",

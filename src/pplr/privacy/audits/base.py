@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Literal, TypeVar
@@ -86,12 +86,14 @@ class Attacker:
 
     def auxiliary_pairs(self, passes: int, draw: int = 0) -> tuple[Tensor, Tensor]:
         """Run auxiliary passes: tokens (M,) and the states that the server would see of them (M, D)."""
-        tokens, states = [], []
+        tokens, states = zip(*self.auxiliary_passes(passes, draw), strict=True)
+        return torch.cat(tokens), torch.cat(states)
+
+    def auxiliary_passes(self, passes: int, draw: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Run auxiliary passes: of each the tokens (T,) and the states that the server would see of it (T, D)."""
         for row in self.auxiliary(passes, self.seed + draw):
             ids = torch.tensor([row])
-            tokens.append(ids[0])
-            states.append(self.through(self.replica.states(ids))[0].cpu())
-        return torch.cat(tokens), torch.cat(states)
+            yield ids[0], self.through(self.replica.states(ids))[0].cpu()
 
 
 class Audit(ABC):
