@@ -52,7 +52,10 @@ class Scene:
         self.backbone: Backbone = text
         if name == "item_vectors":
             self.backbone = ItemVectors(text, ItemVectorsConfig(width=16, hidden_width=None))
-            self.backbone.prepare(self.catalog, lambda texts: torch.randn(len(texts), text.hidden_size))
+            source = torch.Generator().manual_seed(5)
+            self.backbone.prepare(
+                self.catalog, lambda texts: torch.randn(len(texts), text.hidden_size, generator=source)
+            )
         self.plan = CutPlan(*cut, self.backbone.total_layers)
         self.config = AdapterConfig(rank=2)
         self.model = CutModel(self.backbone, self.plan, self.config, TrainingConfig())
