@@ -108,7 +108,7 @@ def main() -> None:
             )
     except PplrError as error:
         sys.exit(f"error: {error}")
-    write_result("dp_audit", {"client": arguments.client, "rows": rows})
+    write_result("dp_audit", {"client": arguments.client, "audits": rows})
 
 
 if __name__ == "__main__":
