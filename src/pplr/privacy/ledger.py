@@ -17,7 +17,7 @@ from pplr.privacy.coins import SecretCoins
 from pplr.recommend.private_training import private_steps
 from pplr.storage import write_atomic, write_json
 
-__all__ = ["Ledger", "coverage", "planned_epsilon", "refuse_over_budget"]
+__all__ = ["Ledger", "coverage", "new_secret", "planned_epsilon", "refuse_over_budget"]
 
 _KEY_BYTES = 32
 
