@@ -141,8 +141,8 @@ def _titled(
         return events, items
     if config.empty_titles == "item_id":
         _note(notes, len(empty), "item", "without a title shown by id")
-        shown = pl.when(pl.col("title") == "").then(pl.col("item")).otherwise(pl.col("title"))
-        return events, items.with_columns(title=shown)
+        named = pl.Series("title", _repair(items["item"]), dtype=pl.String)  # a title, so written as titles are
+        return events, items.with_columns(title=pl.when(pl.col("title") == "").then(named).otherwise(pl.col("title")))
     kept = events.join(empty, on="item", how="anti", maintain_order="left")
     if kept.is_empty():
         raise DataError(
