@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from pplr.apps.cli import app
 from pplr.errors import ConfigError, RunError
-from pplr.privacy.audits import AUDITS
+from pplr.privacy.audits import AUDITS, inverter
 from pplr.runtimes.auditing import AuditSettings, audit_run, make_settings
 from pplr.runtimes.run import Run, open_run
 from pplr.testing import refuses
@@ -40,7 +40,9 @@ def found(content: dict, audit: str, knowledge: str, metric: str, setting: int =
     return float(own[metric]["mean"])
 
 
-def test_a_bare_cut_is_read_and_the_file_says_so(item_run: Run) -> None:
+def test_a_bare_cut_is_read_and_the_file_says_so(item_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inverter, "_PASSES", 16)
+    monkeypatch.setattr(inverter, "_EPOCHS", 1)
     content = audit_run(item_run, AuditSettings(users=4, cuts=((0, 1), (1, 0)), noises=(0.0, 50.0)))
     assert content == json.loads((item_run.folder / "audit.json").read_text())
     assert len(content["settings"]) == 4
