@@ -89,7 +89,7 @@ def _content(f1: float, guess: float = 0.1) -> dict:
         {"cut": cut, "noise": 0.0, "audits": audits},
         {"cut": cut, "noise": 1.0, "audits": other},
     ]
-    return {"cut": cut, "baseline": {"item_f1": told(guess)}, "settings": settings}
+    return {"cut": cut, "baseline": {"item_f1": told(guess), "target_hit@1": told(0.0)}, "settings": settings}
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,16 @@ def test_the_verdict_follows_what_was_found_at_the_runs_own_cut(found: float, wo
     assert words in told
     assert f"F1 of {found:.2f}" in told
     assert "gives 0.10" in told
+
+
+def test_targets_count_as_items_do() -> None:
+    content = _content(0.12)
+    hit = {"mean": 0.75, "low": 0.5, "high": 1.0}
+    content["settings"][1]["audits"][1] |= {"knowledge": "base", "target_hit@1": hit}
+    told = verdict(content)
+    assert "an F1 of 0.12" in told
+    assert "a server that has the public model alone finds the item that a training pass predicts for 0.75" in told
+    assert "must not run this server" in told
 
 
 def test_without_a_figure_nothing_is_claimed() -> None:

@@ -43,7 +43,7 @@ def found(content: dict, audit: str, knowledge: str, metric: str, setting: int =
 def test_a_bare_cut_is_read_and_the_file_says_so(item_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inverter, "_PASSES", 16)
     monkeypatch.setattr(inverter, "_EPOCHS", 1)
-    content = audit_run(item_run, AuditSettings(users=4, cuts=((0, 1), (1, 0)), noises=(0.0, 50.0)))
+    content = audit_run(item_run, AuditSettings(tuple(AUDITS), users=4, cuts=((0, 1), (1, 0)), noises=(0.0, 50.0)))
     assert content == json.loads((item_run.folder / "audit.json").read_text())
     assert len(content["settings"]) == 4
     own = {own["audit"] for own in content["settings"][0]["audits"]}

@@ -232,7 +232,9 @@ def recommend(
 def audit(
     run_dir: RunDir,
     users: Annotated[int, typer.Option(min=2, help="Users whose passes are attacked.")] = 20,
-    only: Annotated[list[str] | None, typer.Option("--attack", help="Only this attack. Repeatable.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--attack", help="Only this attack; else all but inverter. Repeatable.")
+    ] = None,
     has: Annotated[
         list[str] | None,
         typer.Option(help="Only attackers who have this: own, mixed, base or pairs. Repeatable."),

@@ -43,19 +43,32 @@ def verdict(content: Mapping[str, Any]) -> str:
     Args:
         content: Of ``audit.json``.
     """
-    found, guess = strongest(content), content["baseline"]["item_f1"]
-    if found is None or guess is None:
+    told = [
+        (metric, found, content["baseline"][metric])
+        for metric in ("item_f1", "target_hit@1")
+        if (found := strongest(content, metric)) is not None and content["baseline"][metric] is not None
+    ]
+    if not told:
         return "No attack that was run says which items a server reads: run more of them before trusting this cut."
-    cut, own = found["at"]["cut"], found["item_f1"]
+    cut = told[0][1]["at"]["cut"]
     where = f"k = {cut['input_layers']} and m = {cut['output_layers']} of {cut['total_layers']} blocks"
-    figures = (
-        f"With {where}, a server that has {_HAS[found['knowledge']]} reads the items of a user's history with an F1 of "
-        f"{own['mean']:.2f} ({own['low']:.2f} to {own['high']:.2f}; {found['audit']}), where popularity alone gives "
-        f"{guess['mean']:.2f}"
-    )
-    share = share_found(own["mean"], guess["mean"])
+    figures = f"With {where}, " + ", and ".join(_told(*own) for own in told)
+    share = max(share_found(found[metric]["mean"], guess["mean"]) for metric, found, guess in told)
     if share >= _MOST:
         return f"{figures}: whoever must not read the histories must not run this server."
     if share >= _SOME:
         return f"{figures}: count the histories as partly known to whoever runs this server."
     return f"{figures}: these attacks found little, which does not show that others would not."
+
+
+def _told(metric: str, found: Mapping[str, Any], guess: Mapping[str, float]) -> str:
+    """Say what one attack found, beside a guess without any state."""
+    own = found[metric]
+    what = {
+        "item_f1": "reads the items of a user's history with an F1 of {mean:.2f}",
+        "target_hit@1": "finds the item that a training pass predicts for {mean:.2f} of the users",
+    }[metric].format(**own)
+    by = f"{own['low']:.2f} to {own['high']:.2f}; {found['audit']}"
+    return (
+        f"a server that has {_HAS[found['knowledge']]} {what} ({by}), where popularity alone gives {guess['mean']:.2f}"
+    )

@@ -46,6 +46,7 @@ class Inverter(Audit):
     """
 
     name: ClassVar[str] = "inverter"
+    by_default: ClassVar[bool] = False
     knows: ClassVar[tuple[Knowledge, ...]] = ("own", "mixed", "base", "pairs")
 
     def attack(self, seen: Sequence[Observation], attacker: Attacker) -> list[Guess]:
