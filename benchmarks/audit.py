@@ -7,6 +7,7 @@ The run is trained once; each seed draws other users, other public text and othe
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
     path = ROOT / "results" / "privacy" / f"{arguments.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine(), "config": str(arguments.config), "set": arguments.overrides, "seeds": told}
+    command = shlex.join(["python", "-m", "benchmarks.audit", *sys.argv[1:]])
+    content = {"command": command, "machine": machine(), "seeds": told}
     write_json(path, content)
     draw_frontier(told[0], path.with_suffix(".png"))
     print(f"wrote results/privacy/{path.name} and its plot")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from benchmarks.tables import Section, command, table, where
+from benchmarks.tables import Section, table, where
 
 SHOWN = ("token_recovery", "rouge_l", "item_f1", "target_hit@1")
 
@@ -38,7 +38,7 @@ def privacy_section(name: str, told: dict[str, Any]) -> Section:
     rows.append(["any", "any", "", "no states", "popularity", *guess])
     users = seeds[0]["users"]
     drawn = f"{users} users" if len(seeds) == 1 else f"{users} users of each of {len(seeds)} seeds"
-    started = f"`{command(told, 'python -m benchmarks.audit')} --name {name}`; {where(told['machine'])}."
+    started = f"`{told['command']}`; {where(told['machine'])}."
     note = (
         f"{started} Means over {drawn}; in parentheses the widest of the seeds' 95 % intervals (users resampled). "
         f"Plot: [results/privacy/{name}.png](../results/privacy/{name}.png)."

@@ -39,8 +39,7 @@ def content(value: float) -> dict[str, Any]:
 def test_the_table_is_of_all_seeds() -> None:
     kept = {
         "machine": {"processor": "CPU", "threads": 1},
-        "config": "c.yaml",
-        "set": ["a.b=1"],
+        "command": "python -m benchmarks.audit c.yaml --name x",
         "seeds": [content(0.8), content(0.6)],
     }
     body = privacy_section("x", kept).body
@@ -49,7 +48,7 @@ def test_the_table_is_of_all_seeds() -> None:
     assert sum("walk" in row for row in rows) == 1
     assert sum("lens" in row for row in rows) == 2
     assert "| any | any |  | no states | popularity | 0.20 (0.10 to 0.20) |" in rows[-1]
-    assert "`python -m benchmarks.audit c.yaml --set a.b=1 --name x`" in body
+    assert "`python -m benchmarks.audit c.yaml --name x`" in body
 
 
 def test_every_seed_is_audited_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,4 +68,5 @@ def test_every_seed_is_audited_and_kept(tmp_path: Path, monkeypatch: pytest.Monk
     kept = json.loads((tmp_path / "results" / "privacy" / "x.json").read_text())
     assert seeds == [3, 4]
     assert len(kept["seeds"]) == 2
+    assert kept["command"] == "python -m benchmarks.audit c.yaml --name x --cut 1,0 1,1 --seeds 3 4"
     assert (tmp_path / "results" / "privacy" / "x.png").read_bytes().startswith(b"\x89PNG")
