@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pplr.backbones.item_vectors import ItemVectors
 from pplr.data.prompts import Sample
 from pplr.privacy.audits import Guess
 from pplr.privacy.observing import secret_of
@@ -125,3 +126,12 @@ def test_the_share_is_of_what_a_guess_leaves_open() -> None:
     assert share_found(0.55, 0.1) == pytest.approx(0.5)
     assert share_found(0.0, 0.1) == 0.0
     assert share_found(1.0, 1.0) == 0.0
+
+
+def test_items_of_one_title_are_one_token_since_the_model_reads_titles() -> None:
+    backbone, catalog = ItemVectors(tiny_backbone()), tiny_catalog()
+    backbone.prepare(catalog, lambda texts: torch.zeros(len(texts), backbone.hidden_size))
+    secret = secret_of(backbone, Sample(0, (6, 1), 4), "a", catalog, 10)
+    reader = Reader(backbone, catalog)
+    assert score(Guess((5, 1, 4)), secret, reader)["token_recovery"] == 1.0  # 5 and 6 are both called Oak
+    assert score(Guess((3, 1, 4)), secret, reader)["token_recovery"] == pytest.approx(2 / 3)

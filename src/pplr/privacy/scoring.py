@@ -65,6 +65,10 @@ class Reader:
         answers = _quoted(parts[1] + '"') if len(parts) == 2 else []
         return tuple(self._closest(answers[0], 10)) if answers else ()
 
+    def token(self, token: int | None) -> int | None:
+        """Name a token; where tokens are items, by the first of its title, since the model reads titles alone."""
+        return token if token is None or isinstance(self.backbone, CausalLM) else self.first(token)
+
     def first(self, item: int) -> int:
         """Name an item by the first of its title."""
         return self._titles[shown_title(self.catalog.titles[item])]
@@ -94,12 +98,10 @@ def score(guess: Guess, secret: Secret, reader: Reader) -> dict[str, float | Non
     told: dict[str, float | None] = dict.fromkeys(METRICS)
     targets = guess.targets
     if guess.tokens is not None:
-        private = [place for place, own in enumerate(secret.is_private) if own]
-        right = sum(guess.tokens[place] == secret.tokens[place] for place in private)
-        told["token_recovery"] = right / len(private)
-        told["rouge_l"] = rouge_l(
-            [guess.tokens[place] for place in private], [secret.tokens[place] for place in private]
-        )
+        places = [place for place, own in enumerate(secret.is_private) if own]
+        said, true = ([reader.token(tokens[place]) for place in places] for tokens in (guess.tokens, secret.tokens))
+        told["token_recovery"] = sum(a == b for a, b in zip(said, true, strict=True)) / len(places)
+        told["rouge_l"] = rouge_l(said, true)
         found, truth = reader.history(guess.tokens), set(secret.history)
         if truth:
             told |= _sets(found, truth)
@@ -118,7 +120,7 @@ def _sets(found: set[int], truth: set[int]) -> dict[str, float | None]:
     return {"item_precision": precision, "item_recall": recall, "item_f1": f1}
 
 
-def rouge_l(guessed: Sequence[int | None], truth: Sequence[int]) -> float:
+def rouge_l(guessed: Sequence[int | None], truth: Sequence[int | None]) -> float:
     """Measure the longest common subsequence as an F1, in [0, 1].
 
     Cites:
@@ -138,7 +140,7 @@ def rouge_l(guessed: Sequence[int | None], truth: Sequence[int]) -> float:
     return 2 * before[-1] / (len(said) + len(truth)) if said and truth else 0.0
 
 
-def baseline(secret: Secret, popularity: Tensor, reader: Reader, prefix: Sequence[int] = ()) -> dict[str, float | None]:
+def baseline(secret: Secret, popularity: Tensor, reader: Reader) -> dict[str, float | None]:
     """Measure a guess that uses no state: the most popular items, as many as the history holds.
 
     Tokens of items are guessed likewise, each place by the most popular item; of text only the words around a history
@@ -150,7 +152,7 @@ def baseline(secret: Secret, popularity: Tensor, reader: Reader, prefix: Sequenc
     reads_items = not isinstance(reader.backbone, CausalLM)
     places = [place for place, own in enumerate(secret.is_private) if own]
     guessed = [ranked[0] if reads_items else None] * len(places)
-    truth = [secret.tokens[place] for place in places]
+    truth = [reader.token(secret.tokens[place]) for place in places]
     told["token_recovery"] = sum(a == b for a, b in zip(guessed, truth, strict=True)) / len(places)
     told["rouge_l"] = rouge_l(guessed, truth)
     if secret.history:
