@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pplr.backbones.base import Backbone
@@ -17,7 +18,7 @@ from pplr.privacy.audits.base import Guess
 from pplr.privacy.observing import Secret
 from pplr.seeds import generator
 
-__all__ = ["METRICS", "Reader", "baseline", "interval", "rouge_l", "score"]
+__all__ = ["METRICS", "Reader", "baseline", "interval", "resampled", "rouge_l", "score"]
 
 METRICS = (
     "token_recovery",
@@ -175,8 +176,12 @@ def interval(rows: Sequence[Mapping[str, float | None]], seed: int = 0) -> dict[
         if not known:
             told[metric] = None
             continue
-        values = np.array(known)
-        draws = generator(seed, "audit", metric).integers(len(values), size=(_RESAMPLES, len(values)))
-        low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
-        told[metric] = {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+        told[metric] = resampled(np.array(known), generator(seed, "audit", metric))
     return told
+
+
+def resampled(values: NDArray[np.float64], draw: np.random.Generator) -> dict[str, float]:
+    """Average the values of users, with a 95 % interval by resampling users: ``mean``, ``low`` and ``high``."""
+    draws = draw.integers(len(values), size=(_RESAMPLES, len(values)))
+    low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}

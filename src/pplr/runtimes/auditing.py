@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -14,13 +15,13 @@ from torch import Tensor
 from pplr.backbones.adapters import AdapterState, check_adapter, load_adapter
 from pplr.backbones.base import Batch
 from pplr.backbones.causal_lm import CausalLM
-from pplr.config import CutConfig
+from pplr.config import CutConfig, RuntimeConfig
 from pplr.data.prompts import Sample
 from pplr.errors import ConfigError, RunError, nearest
 from pplr.privacy.audits import AUDITS, Attacker, Knowledge, make_audit
 from pplr.privacy.observing import Observation, Spy, observe, secret_of
 from pplr.privacy.replica import Replica
-from pplr.privacy.scoring import Reader, baseline, interval, score
+from pplr.privacy.scoring import Reader, baseline, interval, resampled, score
 from pplr.privacy.verdict import verdict
 from pplr.progress import Progress, Silent
 from pplr.recommend.evaluation import evaluate
@@ -34,7 +35,7 @@ from pplr.storage import write_json
 __all__ = ["AuditSettings", "audit_run", "make_settings"]
 
 _LEVELS = get_args(Knowledge)
-_WIRES = ("exact", "float32", "bfloat16", "int8")
+_WIRES = get_args(RuntimeConfig.model_fields["wire"].annotation)
 _AUXILIARY_FOR_SCALE = 16
 
 
@@ -143,6 +144,23 @@ def audit_run(run: Run, settings: AuditSettings | None = None, progress: Progres
     return content
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """One cut and noise, and what the server sees there.
+
+    Args:
+        plan: The cut.
+        noise: Its size, as a multiple of the states'.
+        through: What becomes of states on their way.
+        seen: The passes, in the order of the secrets.
+    """
+
+    plan: CutPlan
+    noise: float
+    through: Callable[[Tensor], Tensor]
+    seen: Sequence[Observation]
+
+
 class _Work:
     """One audit: the passes that are attacked, and what attackers have.
 
@@ -201,7 +219,8 @@ class _Work:
         model = CutModel(self.backbone, plan, config.adapter, config.training)
         for noise in self.settings.noises:
             through = self._through(plan, noise)
-            seen = [self._observe(model, name, own, through) for name, own in self.drawn]
+            seen = [self._observe(model, name, sample, through) for name, sample in self.drawn]
+            own = _Setting(plan, noise, through, seen)
             yield {
                 "cut": {
                     "input_layers": plan.input_layers,
@@ -210,9 +229,7 @@ class _Work:
                 },
                 "noise": noise,
                 "worth": self._worth(model, through),
-                "audits": [
-                    self._attack_once(name, level, plan, noise, seen, through) for name, level in self._attacks()
-                ],
+                "audits": [self._attack_once(name, level, own) for name, level in self._attacks()],
             }
 
     def _attacks(self) -> list[tuple[str, Knowledge]]:
@@ -220,9 +237,7 @@ class _Work:
         found: list[tuple[str, Knowledge]] = []
         for name in self.settings.audits or [name for name, own in AUDITS.items() if own.by_default]:
             found += [(name, level) for level in AUDITS[name].knows if not wanted or level in wanted]
-        alone = (
-            len({id(own) for own in self.adapters.values()}) < 2 or self.run.config.federation.method == "centralized"
-        )
+        alone = len(self.adapters) < 2 or self.assembly.method.pooled
         return [(name, level) for name, level in found if not (level == "mixed" and alone)]
 
     def _observe(self, model: CutModel, name: str, own: Sample, through: Callable[[Tensor], Tensor]) -> Observation:
@@ -276,67 +291,45 @@ class _Work:
             for name in self.adapters:
                 model.dismiss(f"{name} ranked")
         values = found.values[self.metric]
-        draws = generator(self.settings.seed, "worth").integers(len(values), size=(2_000, len(values)))
-        low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
-        return {"mean": float(values.mean()), "low": float(low), "high": float(high), "users": len(values)}
+        return {**resampled(values, generator(self.settings.seed, "worth")), "users": len(values)}
 
-    def _attack_once(
-        self,
-        name: str,
-        level: Knowledge,
-        plan: CutPlan,
-        noise: float,
-        seen: Sequence[Observation],
-        through: Callable[[Tensor], Tensor],
-    ) -> dict[str, Any]:
+    def _attack_once(self, name: str, level: Knowledge, at: _Setting) -> dict[str, Any]:
         """Attack, unless the same was done where only the cut differs that this attack does not look at."""
-        depth = plan.input_layers if AUDITS[name].looks_at == "first" else plan.output_layers
-        key = (name, level, depth, noise)
+        depth = at.plan.input_layers if AUDITS[name].looks_at == "first" else at.plan.output_layers
+        key = (name, level, depth, at.noise)
         if key not in self._done:
-            self._done[key] = self._attack(name, level, plan, noise, seen, through)
+            self._done[key] = self._attack(name, level, at)
         return self._done[key]
 
-    def _attack(
-        self,
-        name: str,
-        level: Knowledge,
-        plan: CutPlan,
-        noise: float,
-        seen: Sequence[Observation],
-        through: Callable[[Tensor], Tensor],
-    ) -> dict[str, Any]:
+    def _attack(self, name: str, level: Knowledge, at: _Setting) -> dict[str, Any]:
         """Run one attack on all passes, those of each client with what is known of that client."""
         audit, rows = make_audit(name), []
         began = time.perf_counter()
-        with self.progress.task(
-            f"k {plan.input_layers}, m {plan.output_layers}: {name}, {level}", len(seen), "users"
-        ) as (advance):
+        label = f"k {at.plan.input_layers}, m {at.plan.output_layers}: {name}, {level}"
+        with self.progress.task(label, len(at.seen), "users") as advance:
             for client in dict.fromkeys(own.client for own in self.secrets):
                 places = [place for place, own in enumerate(self.secrets) if own.client == client]
-                attacker = self._attacker(level, client, plan, through, noise)
-                guesses = audit.attack([seen[place] for place in places], attacker)
+                guesses = audit.attack([at.seen[place] for place in places], self._attacker(level, client, at))
                 for place, guess in zip(places, guesses, strict=True):
                     rows.append(score(guess, self.secrets[place], self.reader))
                 advance(len(places))
         seconds = time.perf_counter() - began
         return {"audit": name, "knowledge": level, **interval(rows, self.settings.seed), "seconds": seconds}
 
-    def _attacker(
-        self, level: Knowledge, client: str, plan: CutPlan, through: Callable[[Tensor], Tensor], noise: float
-    ) -> Attacker:
+    def _attacker(self, level: Knowledge, client: str, at: _Setting) -> Attacker:
         """Make an attacker, or take the one that knows the same, with what it has learned."""
-        key = (level, client, plan, noise)
+        key = (level, client, at.plan, at.noise)
         if key not in self._attackers:
             config = self.run.config
             self._attackers = {own: kept for own, kept in self._attackers.items() if own[2:] == key[2:]}
             self._attackers[key] = Attacker(
                 knowledge=level,
-                replica=Replica(self.backbone, plan, config.adapter, self._known(level, client)),
+                replica=Replica(self.backbone, at.plan, config.adapter, self._known(level, client)),
                 catalog=self.catalog,
                 popularity=self.popularity,
                 auxiliary=self.auxiliary,
                 prefix=self._prefix(),
-                through=through,
+                through=at.through,
                 seed=self.settings.seed,
             )
         return self._attackers[key]
@@ -353,10 +346,8 @@ class _Work:
         """Tokens with which every prompt begins, up to the first title's quote."""
         if not isinstance(self.backbone, CausalLM):
             return ()
-        one, other = (self.backbone.prompt_tokens([title], 0) for title in ("A", "z9"))
-        same = [a for a, b in zip(one, other, strict=False) if a == b]
-        count = next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(same))
-        return one[:count]
+        prompts = (self.backbone.prompt_tokens([title], 0) for title in ("A", "z9"))
+        return tuple(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*prompts, strict=False)))
 
     def auxiliary(self, passes: int, seed: int) -> list[tuple[int, ...]]:
         """Draw passes of public text: rows of items, taken partly by popularity and partly evenly, as users do."""

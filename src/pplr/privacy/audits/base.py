@@ -102,14 +102,12 @@ class Audit(ABC):
     Attributes:
         name: How it is asked for.
         knows: The levels of knowledge at which it can be run.
-        sees_gradients: Whether it needs what comes back in training.
         by_default: Whether it runs unless other attacks are asked for; one that takes long does not.
         looks_at: The cut whose states or gradients it reads; what it finds does not depend on where the other one is.
     """
 
     name: ClassVar[str]
     knows: ClassVar[tuple[Knowledge, ...]] = ("own", "mixed", "base")
-    sees_gradients: ClassVar[bool] = False
     by_default: ClassVar[bool] = True
     looks_at: ClassVar[Literal["first", "second"]] = "first"
 

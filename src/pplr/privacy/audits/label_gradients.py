@@ -50,7 +50,6 @@ class LabelGradients(Audit):
     """
 
     name: ClassVar[str] = "label_gradients"
-    sees_gradients: ClassVar[bool] = True
     looks_at: ClassVar[Literal["first", "second"]] = "second"
 
     def attack(self, seen: Sequence[Observation], attacker: Attacker) -> list[Guess]:
