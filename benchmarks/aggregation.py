@@ -1,9 +1,10 @@
 """Similarity and mixing of many clients' adapters, on disk: time, peak memory, against plain loops and Flower's FedAvg.
 
 The adapters are random numbers in the shapes of SmolLM2-135M's LoRA of rank 8 on the query and value projections. Each
-number of clients is measured in a process of its own; the plain loops, the formula written out client by client in
-memory, run with few clients and with the same bits of input. A whole round of a federation's server is measured beside
-it: every report is checked and written as it comes, then all are mixed, then the round is checkpointed.
+number of clients is measured in a process of its own. The plain loops, the formula written out client by client in
+memory, run on the same bits of input; of many clients they make a few mixtures, and their time is scaled up. A whole
+round of a federation's server is measured beside it: every report is checked and written as it comes, then all are
+mixed, then the round is checkpointed.
 
     python -m benchmarks.aggregation [--clients 10 100 1000] [--method pplr]
 """
@@ -22,12 +23,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks.measuring import at_least, at_most, use_all_cores, write_result
+from benchmarks.reference.plain_loops import mixed_by_loops
 from pplr.backbones.adapters import PEFT_PREFIX, AdapterState
 from pplr.config import Config, FederationConfig
-from pplr.federation.aggregation import mix_on_disk
+from pplr.federation.aggregation import SIMILARITIES, mix_on_disk, similarity
 from pplr.federation.checkpoints import CheckpointStore
 from pplr.federation.decisions import Trained
 from pplr.federation.methods import RoundView, make_method
@@ -37,9 +38,12 @@ from pplr.recommend.training import LocalResult
 from pplr.runtimes.memory import peak_rss_bytes
 
 RANK, LAYERS, WIDTH, VALUES = 8, 30, 576, 192
-LOOPED = 10
+LOOPED = {10: 1.0, 1000: 50.0}
+"""Numbers of clients that are mixed by plain loops too, and how many times as fast pplr should be."""
+SOME = 5
+"""Most clients whose mixtures the loops make."""
 IN_MEMORY = 100
-"""Most clients whose adapters Flower's own strategy is given at once."""
+"""Most clients whose adapters Flower's own strategy is given at once, and that are compared by every similarity."""
 SECONDS, BYTES = 30.0, 2e9
 
 
@@ -90,6 +94,18 @@ def measure(clients: int, method: str, folder: Path) -> dict[str, float]:
     }
 
 
+def measure_similarities(clients: int, folder: Path) -> dict[str, float]:
+    """Compare the adapters by each similarity in this process, and say how long each takes."""
+    use_all_cores()
+    adapters, initial = StoredAdapters(folder / "before"), draw(clients)
+    seconds = {}
+    for of in SIMILARITIES:
+        started = time.perf_counter()
+        similarity(adapters, initial, of=of)
+        seconds[of] = time.perf_counter() - started
+    return seconds
+
+
 def measure_server(clients: int, method: str, folder: Path) -> dict[str, float]:
     """Carry out one round of a federation's server in this process, whose clients' reports are drawn here."""
     use_all_cores()
@@ -124,50 +140,37 @@ def measure_server(clients: int, method: str, folder: Path) -> dict[str, float]:
     }
 
 
-def by_loops(states: Sequence[AdapterState], losses: Sequence[float]) -> list[AdapterState]:
-    """Carry a round of ``pplr`` out as the formulas are written: every pair of clients, tensor by tensor."""
-    config = FederationConfig()
+def against_loops(clients: int, some: Sequence[int], folder: Path) -> dict[str, float]:
+    """Mix by plain loops in memory, and by pplr on disk in a process of its own.
 
-    def inner(one: AdapterState, other: AdapterState) -> float:
-        return sum(float((one[name].double() * other[name].double()).sum()) for name in one)
+    Args:
+        clients: C.
+        some: Clients whose mixture the loops make; what they take for them is scaled to all.
+        folder: To work in.
 
-    share = np.exp(np.asarray(losses) / config.temperature - max(losses) / config.temperature)
-    share = share / share.sum()
-    assert config.heating_scale is not None  # noqa: S101
-    mixed = []
-    for i, own in enumerate(states):
-        heat = np.tanh(config.heating_scale / share[i] ** (1 + 1 / config.heating_horizon))
-        weights = []
-        for j, other in enumerate(states):
-            cosine = inner(own, other) / (inner(own, own) * inner(other, other)) ** 0.5
-            weights.append((1.0 if i == j else heat) * (cosine + 1) / 2)
-        made: dict[str, Tensor] = {}
-        for name in own:
-            parts = [weight * state[name].double() for weight, state in zip(weights, states, strict=True)]
-            made[name] = (sum(parts[1:], parts[0]) / sum(weights)).float()
-        mixed.append(made)
-    return mixed
-
-
-def against_loops(folder: Path) -> tuple[float, float]:
-    """Say how many times as long the plain loops take, and the largest difference of a number."""
-    use_all_cores()
-    states = [draw(client) for client in range(LOOPED)]
-    stack = StoredAdapters.create(folder / "before", shapes(), LOOPED)
+    Returns:
+        Seconds of the loops and of pplr, and the largest difference of a number.
+    """
+    states = [draw(client) for client in range(clients)]
+    stack = StoredAdapters.create(folder / "before", shapes(), clients)
     for number, state in enumerate(states):
         stack.put(number, state)
-    view = view_of(stack, LOOPED)
+    losses = view_of(stack, clients).losses
     started = time.perf_counter()
-    expected = by_loops(states, view.losses)
-    looped = time.perf_counter() - started
-    measured = measure(LOOPED, "pplr", folder)
+    mixed_by_loops(states, losses, 1, ())
+    norms = time.perf_counter() - started
+    started = time.perf_counter()
+    expected = mixed_by_loops(states, losses, 1, some)
+    looped = norms + (time.perf_counter() - started - norms) * clients / len(some)
+    del states
+    measured = measured_apart(clients, "pplr", folder)
     found = StoredAdapters(folder / "after")
     worst = max(
         float((found.get(number)[name] - tensor).abs().max())
-        for number, state in enumerate(expected)
+        for number, state in zip(some, expected, strict=True)
         for name, tensor in state.items()
     )
-    return looped / measured["total"], worst
+    return {"looped": looped, "seconds": measured["total"], "ratio": looped / measured["total"], "worst": worst}
 
 
 def against_flower(clients: int, folder: Path) -> dict[str, float]:
@@ -197,19 +200,22 @@ def against_flower(clients: int, folder: Path) -> dict[str, float]:
     return {"seconds": seconds, "largest_difference": worst}
 
 
+def measured_apart(clients: int, method: str, folder: Path, what: str = "mixing") -> dict[str, float]:
+    """Measure the mixing, Flower or a server's round in a process that does nothing else."""
+    command = [sys.executable, "-m", "benchmarks.aggregation", "--method", method, "--what", what]
+    command += ["--measure", str(clients), str(folder)]
+    told: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return told
+
+
 def in_a_process(clients: int, method: str, what: str = "mixing") -> dict[str, float]:
-    """Draw the adapters, then measure the mixing, Flower or a server's round in a process that does nothing else."""
+    """Draw the adapters, then measure in a process of its own."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
         if what != "server":
-            stack = StoredAdapters.create(folder / "before", shapes(), clients)
+            stack = StoredAdapters.create(Path(name) / "before", shapes(), clients)
             for client in range(clients):
                 stack.put(client, draw(client))
-        command = [sys.executable, "-m", "benchmarks.aggregation", "--measure", str(clients), name, "--method", method]
-        command += ["--what", what]
-        told = subprocess.run(command, check=True, capture_output=True, text=True)
-        measured: dict[str, float] = json.loads(told.stdout)
-        return measured
+        return measured_apart(clients, method, Path(name), what)
 
 
 def main() -> None:
@@ -218,21 +224,36 @@ def main() -> None:
     parser.add_argument("--clients", nargs="+", type=int, default=[10, 100, 1000])
     parser.add_argument("--method", default="pplr")
     parser.add_argument("--measure", nargs=2, metavar=("CLIENTS", "FOLDER"), help=argparse.SUPPRESS)
-    parser.add_argument("--what", choices=("mixing", "flower", "server"), default="mixing", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--what", choices=("mixing", "similarities", "flower", "server"), default="mixing", help=argparse.SUPPRESS
+    )
     arguments = parser.parse_args()
     if arguments.measure:
         clients, folder = int(arguments.measure[0]), Path(arguments.measure[1])
         if arguments.what == "flower":
             told = against_flower(clients, folder)
+        elif arguments.what == "similarities":
+            told = measure_similarities(clients, folder)
         else:
             measured_by = measure if arguments.what == "mixing" else measure_server
             told = measured_by(clients, arguments.method, folder)
         print(json.dumps(told))
         return
-    with tempfile.TemporaryDirectory() as name:
-        ratio, worst = against_loops(Path(name))
-    rows = [at_least(f"mixing of {LOOPED} clients", "the formula in plain loops", ratio, 1.0)]
-    notes = [f"largest difference of a mixed number from the plain loops': {worst:.1e}"]
+    use_all_cores()
+    rows, notes, loops = [], [], {}
+    for clients, bound in LOOPED.items():
+        if clients > max(arguments.clients):
+            continue
+        some = range(min(clients, SOME))
+        with tempfile.TemporaryDirectory() as name:
+            loops[str(clients)] = told = against_loops(clients, some, Path(name))
+        rows.append(at_least(f"aggregation, {clients:,} clients", "the formula in plain loops", told["ratio"], bound))
+        scaled = f", scaled up from {len(some)} of the mixtures" if len(some) < clients else ""
+        notes.append(
+            f"{clients:,} clients by plain loops, in float64 in memory: {told['looped']:.1f} s{scaled}; here "
+            f"{told['seconds']:.2f} s from disk to disk; largest difference of a mixed number {told['worst']:.1e}"
+        )
+        print(notes[-1], flush=True)
     size = 4 * sum(int(np.prod(shape)) for shape in shapes().values())
     curve: dict[str, Any] = {}
     for clients in arguments.clients:
@@ -247,6 +268,11 @@ def main() -> None:
             rows.append(at_most(f"seconds of {clients} clients", f"{SECONDS:.0f} s", measured["total"] / SECONDS, 1.0))
             peak = measured["peak_rss_bytes"] / BYTES
             rows.append(at_most(f"peak memory of {clients} clients", f"{BYTES / 1e9:.0f} GB", peak, 1.0))
+    compared: dict[str, Any] = {}
+    for clients in [clients for clients in arguments.clients if clients <= IN_MEMORY]:
+        compared[str(clients)] = told = in_a_process(clients, arguments.method, "similarities")
+        shares = ", ".join(f"{of} {seconds:.2f} s" for of, seconds in told.items())
+        notes.append(f"{clients} clients compared by each similarity: {shares}")
     served: dict[str, Any] = {}
     for clients in arguments.clients:
         measured = in_a_process(clients, arguments.method, "server")
@@ -270,7 +296,11 @@ def main() -> None:
             f"{own['total']:.2f} s, in which {clients} adapters are read from disk and {clients} are written; numbers "
             f"differ by {theirs['largest_difference']:.1e} at most"
         )
-    write_result("aggregation", {"flower": flower, "rows": rows, "notes": notes, "curve": curve, "server": served})
+    write_result(
+        "aggregation",
+        {"flower": flower, "rows": rows, "notes": notes, "curve": curve, "server": served, "loops": loops}
+        | {"similarities": compared},
+    )
 
 
 if __name__ == "__main__":

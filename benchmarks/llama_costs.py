@@ -8,7 +8,7 @@ from dataclasses import dataclass
 __all__ = ["SHAPES", "Shape", "flops", "kept_bytes_per_token"]
 
 ADAPTED = 2
-"""Layers of a block that have an adapter: q_proj and v_proj, both D to D."""
+"""Layers of a block that have an adapter: q_proj, D to D, and v_proj, D to the width of the values."""
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,12 @@ class Shape:
     Args:
         width: D.
         blocks: L.
-        heads: Attention heads; as many for keys and values.
+        heads: Attention heads.
         mlp_width: F.
         vocabulary: V; the head is not tied to the embeddings.
         input_layers: Blocks of the client's first stage.
         output_layers: Blocks of the client's last stage.
+        value_width: Width of keys and of values, where fewer heads share them; D when absent.
     """
 
     width: int
@@ -32,11 +33,17 @@ class Shape:
     vocabulary: int
     input_layers: int
     output_layers: int
+    value_width: int | None = None
+
+    @property
+    def values(self) -> int:
+        """Width of keys and of values."""
+        return self.width if self.value_width is None else self.value_width
 
     @property
     def block_weights(self) -> int:
-        """Numbers in the matrices of one block: 4 D² + 3 D F."""
-        return 4 * self.width**2 + 3 * self.width * self.mlp_width
+        """Numbers in the matrices of one block: 2 D² for q and o, 2 D times the values' width, and 3 D F."""
+        return 2 * self.width**2 + 2 * self.width * self.values + 3 * self.width * self.mlp_width
 
     @property
     def parameters(self) -> int:
@@ -75,14 +82,15 @@ def flops(shape: Shape, rank: int, rows: Iterable[tuple[int, int]]) -> dict[str,
     pairs = sum(own * (own + 1) // 2 for own, _ in rows)
     blocks = 2 * tokens * shape.blocks * shape.block_weights
     attention = 4 * pairs * shape.blocks * shape.width
-    factor = 2 * tokens * ADAPTED * rank * shape.width  # of A or of B, in one block
+    down = 2 * tokens * ADAPTED * rank * shape.width  # of A, in one block
+    lora = down + 2 * tokens * rank * (shape.width + shape.values)  # with B
     head = 2 * targets * shape.width * shape.vocabulary
     return {
-        "forward": {"blocks": blocks, "attention": attention, "lora": 2 * factor * shape.blocks, "head": head},
+        "forward": {"blocks": blocks, "attention": attention, "lora": lora * shape.blocks, "head": head},
         "backward": {
-            "blocks": blocks - 2 * tokens * 3 * shape.width**2,
+            "blocks": blocks - 2 * tokens * shape.width * (shape.width + 2 * shape.values),
             "attention": 2 * attention,
-            "lora": 4 * factor * shape.blocks - factor,
+            "lora": 2 * lora * shape.blocks - down,
             "head": head,
         },
     }

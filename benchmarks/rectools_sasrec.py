@@ -6,7 +6,7 @@ HISTORIES.json: ``items`` N, ``train`` U histories, ``validation`` U targets or 
 ``test_histories`` by user, ``settings`` (keyword arguments of SASRecModel), ``seeds``, ``check_every`` epochs,
 ``patience`` checks, ``most_epochs``, ``device``, ``parallel`` trainings at once, ``threads`` of each. Settings and
 number of epochs are those of the best validation NDCG@10 with the first seed; the other seeds train with the same
-settings and stop by the same rule.
+settings and stop by the same rule. With ``seconds`` the first settings and seed train for so long, validation unseen.
 """
 
 from __future__ import annotations
@@ -110,10 +110,30 @@ def fit(told: dict, settings: dict, seed: int, test: dict[int, list[int]]) -> di
     return {**best, "scores": scores(model, test, told["items"])}
 
 
+def fit_for(told: dict, test: dict[int, list[int]]) -> dict:
+    """Train for some seconds, an epoch before them to warm up; keep the test scores."""
+    seed_everything(told["seeds"][0], verbose=False)
+    torch.set_num_threads(told["threads"])
+    data = dataset({user: own for user, own in enumerate(told["train"]) if own})
+    made = {"get_trainer_func": lambda: trainer("cpu"), "recommend_torch_device": "cpu", **told["settings"][0]}
+    SASRecModel(**made).fit_partial(data, min_epochs=1, max_epochs=1)
+    model, epochs, started = SASRecModel(**made), 0, time.monotonic()
+    while time.monotonic() - started < told["seconds"]:
+        model.fit_partial(data, min_epochs=1, max_epochs=1)
+        epochs += 1
+    taken = time.monotonic() - started
+    return {"epochs": epochs, "seconds": taken, "scores": scores(model, test, told["items"])}
+
+
 def main(source: str, out: str) -> None:
     """Choose settings by the first seed, then train with every seed."""
     told = json.loads(Path(source).read_text(encoding="utf-8"))
     test = {int(user): own for user, own in told["test_histories"].items()}
+    if "seconds" in told:
+        own = fit_for(told, test)
+        summary = json.dumps({"runs": [without_scores(own)]})
+        np.savez(out, summary=summary, **{f"seed_{told['seeds'][0]}": own["scores"]})
+        return
     with ProcessPoolExecutor(told["parallel"], mp_context=multiprocessing.get_context("spawn")) as pool:
         begun = [pool.submit(fit, told, settings, told["seeds"][0], test) for settings in told["settings"]]
         tried = [future.result() for future in begun]

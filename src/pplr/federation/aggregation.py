@@ -67,10 +67,12 @@ def _gram_of_products(stack: Stack, initial: AdapterState) -> Matrix:
     for a_name, b_name in _pairs(initial):
         a, b = stack.rows(a_name).double(), stack.rows(b_name).double()  # (C, R, D_in), (C, D_out, R)
         for start in range(0, len(stack), _PAIRS_AT_ONCE):
-            some = slice(start, start + _PAIRS_AT_ONCE)
-            b_inner = torch.einsum("ior,jos->ijrs", b[some], b)
-            a_inner = torch.einsum("ird,jsd->ijrs", a[some], a)
-            gram[some] += (b_inner * a_inner).sum(dim=(2, 3)).cpu()
+            end = start + _PAIRS_AT_ONCE
+            b_inner = torch.einsum("ior,jos->ijrs", b[start:end], b[start:])
+            a_inner = torch.einsum("ird,jsd->ijrs", a[start:end], a[start:])
+            block = (b_inner * a_inner).sum(dim=(2, 3)).cpu()
+            gram[start:end, start:] += block
+            gram[end:, start:end] += block[:, end - start :].T
     return gram.numpy()
 
 
