@@ -11,15 +11,9 @@ import pytest
 
 from pplr.backbones.causal_lm import CausalLM
 from pplr.config import Config
-from pplr.data.prompts import Sample
-from pplr.errors import ConfigError
-from pplr.privacy.audits.membership import draw_halves, leave_out, likelihood_ratios, list_gains, unit_losses
-from pplr.privacy.roc import measure_roc
 from pplr.progress import Silent
-from pplr.recommend.training import evaluation_loss
 from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.membership import MembershipSettings, audit_membership
-from pplr.testing import refuses
 
 USERS, ITEMS, TAKEN = 32, 60, 8
 OVERTRAINED = (
