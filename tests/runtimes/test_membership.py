@@ -106,6 +106,7 @@ def test_names_dealt_at_random_are_not_found(
         assert own["auc"]["low"] <= 0.5 <= own["auc"]["high"]
 
 
+@pytest.mark.slow
 def test_without_an_exchange_another_client_learns_nothing(audited: Callable[..., dict[str, Any]]) -> None:
     told = audited("federation.method=local")
     assert auc(told, "server", "online")["low"] > 0.6
@@ -114,6 +115,7 @@ def test_without_an_exchange_another_client_learns_nothing(audited: Callable[...
         assert found["low"] <= 0.5 <= found["high"]
 
 
+@pytest.mark.slow
 def test_private_training_is_not_found_out(audited: Callable[..., dict[str, Any]]) -> None:
     private = (
         "data.catalog=all",
@@ -129,12 +131,14 @@ def test_private_training_is_not_found_out(audited: Callable[..., dict[str, Any]
     assert found["high"] < auc(audited(unit="user"), "server", "online")["low"]
 
 
+@pytest.mark.slow
 def test_pooled_data_have_one_adapter_and_no_other_client(audited: Callable[..., dict[str, Any]]) -> None:
     told = audited("federation.method=centralized")
     assert {own["attacker"] for own in told["attacks"]} == {"server", "outsider"}
     assert auc(told, "server", "online")["low"] > 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
