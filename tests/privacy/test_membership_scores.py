@@ -12,7 +12,8 @@ from pplr.backbones.item_vectors import ItemVectors
 from pplr.config import AdapterConfig, ItemVectorsConfig, TrainingConfig
 from pplr.data.prompts import Case, Sample
 from pplr.errors import ConfigError
-from pplr.privacy.audits.membership import draw_halves, leave_out, likelihood_ratios, list_gains, unit_losses
+from pplr.privacy.audits.membership import likelihood_ratios, list_gains, unit_losses
+from pplr.privacy.audits.membership_units import draw_halves, leave_out
 from pplr.recommend.training import evaluation_loss
 from pplr.stages.cut import CutPlan
 from pplr.stages.model import CutModel

@@ -12,7 +12,7 @@ import pytest
 from pplr.backbones.causal_lm import CausalLM
 from pplr.config import Config
 from pplr.errors import ConfigError
-from pplr.privacy.audits.membership import draw_halves
+from pplr.privacy.audits.membership_units import draw_halves
 from pplr.progress import Silent
 from pplr.runtimes import membership
 from pplr.runtimes.assembly import Assembly
@@ -181,5 +181,5 @@ def test_what_cannot_be_audited_is_refused(audited: Callable[..., dict[str, Any]
         MembershipSettings(pairs=2)
     with refuses(ConfigError, "lists of no items"):
         MembershipSettings(lists=0)
-    with refuses(ConfigError, "no user has five training targets"):
+    with refuses(ConfigError, "no user has 5 training targets"):
         audited("training.samples=8", "data.history_items=2", unit="interaction")

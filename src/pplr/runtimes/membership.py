@@ -15,19 +15,13 @@ from safetensors.torch import load_file
 
 from pplr.backbones.adapters import AdapterState
 from pplr.config import Config
-from pplr.data.prompts import Case, Sample
+from pplr.data.prompts import Sample
 from pplr.errors import ConfigError
 from pplr.federation.checkpoints import CheckpointStore
 from pplr.federation.client import FederatedClient
 from pplr.federation.rounds import Federation, run_rounds
-from pplr.privacy.audits.membership import (
-    LEAST_PAIRS,
-    draw_halves,
-    leave_out,
-    likelihood_ratios,
-    list_gains,
-    unit_losses,
-)
+from pplr.privacy.audits.membership import LEAST_PAIRS, likelihood_ratios, list_gains, unit_losses
+from pplr.privacy.audits.membership_units import Unit, draw_halves, interactions_of, samples_without, users_of
 from pplr.privacy.ledger import Ledger
 from pplr.privacy.roc import NO_INFORMATION, measure_roc
 from pplr.progress import Progress, Silent
@@ -35,7 +29,6 @@ from pplr.runtimes.assembly import POOLED, Assembly
 from pplr.seeds import derive_seed, generator
 
 __all__ = ["MembershipSettings", "audit_membership"]
-
 
 _SHADOWED = ("offline", "online")
 """Attacks that hold what is seen against shadow trainings."""
@@ -69,25 +62,6 @@ class MembershipSettings:
             )
         if min(self.list_length, self.lists, self.interactions) < 1:
             raise ConfigError("lists of no items, no lists or no interactions", cure="Give at least one of each.")
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """What is in or left out.
-
-    Args:
-        client: Whose it is.
-        user: The user.
-        samples: What the attacker takes the loss of.
-        cases: What the outsider sees lists for.
-        item: The item that the user took; ``None`` for the user as a whole.
-    """
-
-    client: str
-    user: int
-    samples: tuple[Sample, ...]
-    cases: tuple[Case, ...]
-    item: int | None = None
 
 
 @dataclass(frozen=True)
@@ -177,59 +151,18 @@ def _attacks(
     return told
 
 
-# -- what is in and what is left out ------------------------------------------------------------------------------
+def _units(assembly: Assembly, settings: MembershipSettings) -> list[Unit]:
+    """List what is in or left out."""
+    samples, items = assembly.data.samples, assembly.config.data.history_items
+    if settings.unit == "user":
+        return users_of(samples, settings.lists, items, settings.seed)
+    return interactions_of(samples, settings.interactions, items, settings.seed)
 
 
-def _units(assembly: Assembly, settings: MembershipSettings) -> list[_Unit]:
-    """List every user with a training sample, or interactions drawn of each."""
-    units: list[_Unit] = []
-    longest = assembly.config.data.history_items
-    for client, samples in assembly.data.samples.items():
-        by_user: dict[int, list[Sample]] = {}
-        for sample in samples:
-            by_user.setdefault(sample.user, []).append(sample)
-        for user, own in by_user.items():
-            taken = [pair for sample in own for pair in _taken(sample)]
-            draw = generator(settings.seed, "membership", settings.unit, user)
-            if settings.unit == "user":
-                chosen = [taken[place] for place in sorted(draw.permutation(len(taken))[: settings.lists].tolist())]
-                cases = tuple(_case(user, history, item, longest) for history, item in chosen)
-                units.append(_Unit(client, user, tuple(own), cases))
-                continue
-            items = {item: history for history, item in reversed(taken)}  # of an item taken again, the first time
-            count = min(settings.interactions, len(items) // 5)
-            for item in sorted(draw.permutation(sorted(items))[:count].tolist()):
-                sample = Sample(user, items[item], item)
-                units.append(_Unit(client, user, (sample,), (_case(user, items[item], item, longest),), item))
-    if not units:
-        raise ConfigError(
-            "no user has five training targets or more, so no interaction can be left out",
-            cure="Set training.samples: null, or audit users.",
-        )
-    return units
-
-
-def _taken(sample: Sample) -> list[tuple[tuple[int, ...], int]]:
-    """List what a sample trains on: a history and the item that followed."""
-    items = (*sample.history, sample.target)
-    places = range(1, len(items)) if sample.every else [len(items) - 1]
-    return [(items[:place], items[place]) for place in places]
-
-
-def _case(user: int, history: tuple[int, ...], item: int, longest: int) -> Case:
-    return Case(user, history[-longest:], (item,), tuple(dict.fromkeys(history)))
-
-
-def _samples(assembly: Assembly, units: Sequence[_Unit], is_in: NDArray[np.bool_]) -> dict[str, list[Sample]]:
+def _samples(assembly: Assembly, units: Sequence[Unit], is_in: NDArray[np.bool_]) -> dict[str, list[Sample]]:
     """Say what each trainer trains on."""
-    out = [own for own, known in zip(units, is_in, strict=True) if not known]
-    users = {own.user for own in out if own.item is None}
-    items = {(own.user, own.item) for own in out if own.item is not None}
-    kept = {
-        client: leave_out([own for own in samples if own.user not in users], items)
-        for client, samples in assembly.data.samples.items()
-    }
-    return {POOLED: [own for samples in kept.values() for own in samples]} if assembly.method.pooled else kept
+    kept = samples_without(assembly.data.samples, units, is_in)
+    return {POOLED: [own for every in kept.values() for own in every]} if assembly.method.pooled else kept
 
 
 # -- one training -------------------------------------------------------------------------------------------------
@@ -285,7 +218,7 @@ def _encode(assembly: Assembly, samples: Sequence[Sample]) -> list[Any]:
 
 
 def _seen(
-    assembly: Assembly, settings: MembershipSettings, units: Sequence[_Unit], trained: Mapping[str, _Adapters]
+    assembly: Assembly, settings: MembershipSettings, units: Sequence[Unit], trained: Mapping[str, _Adapters]
 ) -> dict[str, NDArray[np.float64]]:
     """Measure what each attacker sees of every unit: each (M,), higher where it looks more like a member."""
     names = list(trained)
@@ -306,7 +239,7 @@ def _seen(
     return {**told, "outsider": gains}
 
 
-def _losses(assembly: Assembly, units: Sequence[_Unit], adapters: Mapping[str, AdapterState]) -> NDArray[np.float64]:
+def _losses(assembly: Assembly, units: Sequence[Unit], adapters: Mapping[str, AdapterState]) -> NDArray[np.float64]:
     """Measure each unit's loss under the adapter that is held against its client: (M,)."""
     found = np.zeros(len(units))
     for client, adapter in adapters.items():

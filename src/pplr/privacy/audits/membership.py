@@ -1,13 +1,8 @@
-"""Whose data, and which interactions, an adapter was trained on: told from losses or from top-K lists.
-
-The same users are trained on and left out: trainings come in pairs, and each unit (a user, or one interaction) is in
-one training of a pair, by a coin, and left out of the other. So members and non-members are of one kind, and neither
-time nor popularity tells them apart.
-"""
+"""Whose data, and which interactions, an adapter was trained on: told from losses or from top-K lists."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,67 +11,17 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from pplr.backbones.item_vectors import ItemVectors
-from pplr.data.prompts import Case, Sample
+from pplr.data.prompts import Case
 from pplr.errors import ConfigError
 from pplr.recommend.evaluation import Ranker
 from pplr.recommend.metrics import batch_ranks
 from pplr.recommend.training import evaluation_loss
-from pplr.seeds import generator
 from pplr.stages.model import ClientModel
 
-__all__ = ["LEAST_PAIRS", "draw_halves", "leave_out", "likelihood_ratios", "list_gains", "unit_losses"]
+__all__ = ["LEAST_PAIRS", "likelihood_ratios", "list_gains", "unit_losses"]
 
 LEAST_PAIRS = 3
 """Fewest pairs of trainings from which a deviation among shadows can be told."""
-
-
-def draw_halves(groups: Sequence[str], pairs: int, seed: int) -> NDArray[np.bool_]:
-    """Draw who is trained on: in each pair of trainings one half of each group, then the other half.
-
-    Args:
-        groups: (M,) the group of each unit, such as its client.
-        pairs: P.
-        seed: Of the draw.
-
-    Returns:
-        (2 P, M); trainings 2 p and 2 p + 1 are a pair.
-
-    Raises:
-        ConfigError: A group has one unit alone.
-    """
-    names = np.array(groups, dtype=object)
-    included = np.zeros((2 * pairs, len(groups)), dtype=np.bool_)
-    for group in dict.fromkeys(groups):
-        own = np.flatnonzero(names == group)
-        if len(own) < 2:
-            raise ConfigError(
-                f"{group} has a single user or interaction, which cannot be in and left out at once",
-                cure="Use fewer federation.clients, or another partition.",
-            )
-        for pair in range(pairs):
-            shuffled = generator(seed, "members", group, pair).permutation(own)
-            first, second = shuffled[: len(own) // 2], shuffled[len(own) // 2 :]
-            included[2 * pair, first] = included[2 * pair + 1, second] = True
-    return included
-
-
-def leave_out(samples: Sequence[Sample], left_out: Collection[tuple[int, int]]) -> list[Sample]:
-    """Take interactions out of training samples, as a target and out of every history.
-
-    Args:
-        samples: Of any users.
-        left_out: Users and the items that they shall not have taken.
-
-    Returns:
-        The samples in their order, without those of which nothing to predict is left.
-    """
-    kept = []
-    for own in samples:
-        is_out = [(own.user, item) in left_out for item in (*own.history, own.target)]
-        items = [item for item, out in zip((*own.history, own.target), is_out, strict=True) if not out]
-        if len(items) > 1 and (own.every or not is_out[-1]):
-            kept.append(Sample(own.user, tuple(items[:-1]), items[-1], own.every))
-    return kept
 
 
 # -- what an attacker sees of a unit ------------------------------------------------------------------------------
@@ -157,7 +102,7 @@ def likelihood_ratios(seen: NDArray[np.float64], included: NDArray[np.bool_], *,
 
     Args:
         seen: (2 P, M), higher where a unit looks more like a member.
-        included: (2 P, M), as :func:`draw_halves` draws it.
+        included: (2 P, M), as :func:`~pplr.privacy.audits.membership_units.draw_halves` draws it.
         online: Whether the attacker also trains shadows with the unit; else only without it.
 
     Returns:
