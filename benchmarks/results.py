@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.claim_tables import claim_folders, claim_sections
 from benchmarks.cold_start_tables import RESULT, cold_start_sections
+from benchmarks.membership_tables import membership_section
 from benchmarks.privacy_tables import privacy_section
 from benchmarks.recommendation_tables import recommendation_sections
 from benchmarks.tables import Section, page
@@ -22,8 +23,9 @@ from pplr.storage import write_atomic
 ROOT = Path(__file__).parent.parent
 OPENING = (
     "Written by `python -m benchmarks.results` from `results/`, which comes from `python -m benchmarks.quality`, "
-    "`benchmarks.sasrec`, `benchmarks.cold_start`, `benchmarks.tune`, `benchmarks.audit` and `benchmarks.claim`, and "
-    "from `docs/results_text/`, which is written by hand. Full catalog, history masked, ties against the model; means "
+    "`benchmarks.sasrec`, `benchmarks.cold_start`, `benchmarks.tune`, `benchmarks.audit`, `benchmarks.membership` and "
+    "`benchmarks.claim`, and from `docs/results_text/`, which is written by hand. Full catalog, history masked, ties "
+    "against the model; means "
     "over seeds with 95 % intervals (Student's t)."
 )
 
@@ -38,7 +40,9 @@ def sections_of(results: Path) -> list[Section]:
     for name, own in cold.items():
         sections += cold_start_sections(name, own)
     for path in sorted((results / "privacy").glob("*.json")):
-        sections.append(privacy_section(path.stem, json.loads(path.read_text(encoding="utf-8"))))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        make = membership_section if "membership" in found else privacy_section
+        sections.append(make(path.stem, found))
     for path in sorted((results / "tuning").glob("*.json")):
         sections.append(tuning_section(path.stem, json.loads(path.read_text(encoding="utf-8"))))
     for folder in claim_folders(results):
