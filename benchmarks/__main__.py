@@ -23,6 +23,7 @@ BENCHMARKS = (
     "attention",
     "epoch",
     "network",
+    "overlap",
     "network_memory",
     "wire",
     "aggregation",

@@ -31,7 +31,7 @@ from pplr.runtimes.stage_operator import StageOperator
 _SERVED = re.compile(r'^pplr_stage_request_seconds_sum\{method="(\w+)"\} (\S+)$', re.MULTILINE)
 
 
-def _turns(ways: dict[str, Callable[[], Any]], times: int) -> dict[str, list[float]]:
+def take_turns(ways: dict[str, Callable[[], Any]], times: int) -> dict[str, list[float]]:
     """Let each way run once, then take turns; seconds of each turn."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(times + 1):
@@ -72,7 +72,7 @@ def training(place: Deployment, size: int, steps: int) -> dict[str, Any]:
         for (what, name), function in before.items():
             setattr(what, name, timed(function, parts, name))
         try:
-            seconds = _turns(
+            seconds = take_turns(
                 {"across": lambda: one_step(across, batch), "uncut": lambda: one_step(uncut, batch)}, steps
             )
         finally:
@@ -107,14 +107,32 @@ def _together(clients: Sequence[Process], window_s: float) -> float:
     return sum(rates)
 
 
-def at_once(place: Deployment, count: int, size: int, window_s: float, turns: int) -> dict[str, Any]:
-    """Measure clients at once against one alone, by turns."""
+def at_once(
+    place: Deployment,
+    count: int,
+    size: int,
+    window_s: float,
+    turns: int,
+    *options: str,
+    before_the_end: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Measure clients at once against one alone, by turns.
+
+    Args:
+        place: Bundles and kits.
+        count: Clients.
+        size: Samples of a batch.
+        window_s: Seconds of one client alone; all at once get as many times more.
+        turns: Measurements of each way.
+        options: Of ``pplr stage serve``.
+        before_the_end: Told the server's address while all is still there.
+    """
     config = quickstart(f"training.samples={4 * count * size}")
     encoded = real_batch(config, backbone_of(config), 4 * count * size)
     model = f"backbone.model={place.bundles('bfloat16')[0]}"
     alone: list[float] = []
     together: list[float] = []
-    with place.server("bfloat16") as (address, server), ExitStack() as stack:
+    with place.server("bfloat16", *options) as (address, server), ExitStack() as stack:
         clients = []
         for number in range(count):
             own = encoded[4 * number * size : 4 * (number + 1) * size]
@@ -129,6 +147,7 @@ def at_once(place: Deployment, count: int, size: int, window_s: float, turns: in
             alone.append(_together(clients[:1], window_s))
             together.append(_together(clients, count * window_s))
             print(f"alone {alone[-1]:.2f} samples/s  {count} at once {together[-1]:.2f} samples/s", flush=True)
+        before_the_end(address)
         held = sum(client.status("VmHWM") for client in clients) + server.status("VmHWM")
         for client in clients:
             client.end()
@@ -177,7 +196,7 @@ def generation(place: Deployment, size: int, beams: int, new: int, turns: int) -
             written[name] = told.sequences
 
         ways = {"across": lambda: by("across", across), "uncut": lambda: by("uncut", uncut), "hf": by_hf}
-        seconds = _turns(ways, turns)
+        seconds = take_turns(ways, turns)
         across.transport.leave()  # type: ignore[union-attr]
     answers = {name: tokens[:, longest:] for name, tokens in written.items()}
     same = {name: int((answers[name] == answers["hf"]).all(1).sum()) for name in ("across", "uncut")}

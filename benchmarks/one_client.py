@@ -38,7 +38,10 @@ def client_of(config: Config, backbone: Backbone, kit: str, address: str, name: 
     connections = Connections(Path(kit), address)
     plan = CutPlan.make(config.cut, backbone.total_layers)
     connect = connections.connector(backbone, config)
-    return _begun(CutModel(backbone, plan, config.adapter, config.training, connect=connect), name), connections
+    model = CutModel(
+        backbone, plan, config.adapter, config.training, connect=connect, in_flight=config.runtime.in_flight
+    )
+    return _begun(model, name), connections
 
 
 def uncut_of(config: Config, backbone: Backbone) -> ClientModel:

@@ -469,6 +469,10 @@ class RuntimeConfig(_Section):
     """How hidden states and gradients travel to a stage server. `exact` keeps every bit of `backbone.dtype`;
     `bfloat16` and `int8` (with a scale for each token) round. Without a stage server nothing travels."""
 
+    in_flight: int = Field(default=1, ge=1, le=4)
+    """Micro-batches (`training.micro_batch_size`) under way at once, so that client and stage server compute at the
+    same time, to the same bits; each keeps its activations. Without a stage server they come one after another."""
+
 
 class RunConfig(_Section):
     """The run itself."""

@@ -66,6 +66,9 @@ def serve(
         int, typer.Option(min=1, help="Tokens of one client whose activations wait for a gradient.")
     ] = 1 << 15,
     max_cache_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one client in open caches.")] = 1 << 17,
+    together: Annotated[
+        int, typer.Option(min=1, help="Clients whose training passes are computed as one; 1 is each by itself.")
+    ] = 1,
     cache_ttl: Annotated[
         float, typer.Option(metavar="SECONDS", min=1, help="Idle caches and activations are let go after this.")
     ] = 600.0,
@@ -117,6 +120,7 @@ def serve(
         max_clients=max_clients,
         max_kept_tokens=max_kept_tokens,
         max_cache_tokens=max_cache_tokens,
+        together=together,
         cache_ttl_s=cache_ttl,
         idle_ttl_s=idle_ttl,
     )

@@ -77,10 +77,13 @@ class Blocks(nn.Module, ABC):
     Attributes:
         layers: The blocks.
         first_layer: Absolute number of the first.
+        keeps_apart: Whether batches that stand in one row of tokens (:func:`pplr.backbones.attention.batches`) have no
+            effect on each other.
     """
 
     layers: nn.ModuleList
     first_layer: int
+    keeps_apart: bool = False
 
     @abstractmethod
     def forward(

@@ -71,6 +71,9 @@ class DecoderBlocks(Blocks):
         widen(inner)
         self.inner = inner
         self.layers = inner.layers
+        rotary = getattr(inner.rotary_emb, "rope_type", "default")
+        longest_decides = rotary in ("dynamic", "longrope")  # how far positions turn depends on the longest sequence
+        self.keeps_apart = self.config._attn_implementation == ATTENTION and not longest_decides
 
     def forward(
         self,

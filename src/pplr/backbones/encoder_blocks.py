@@ -55,6 +55,7 @@ class EncoderBlocks(Blocks):
         widen(inner)
         self.inner = inner
         self.layers = inner.encoder.layer
+        self.keeps_apart = self.config._attn_implementation == ATTENTION and not self.windows
 
     def forward(
         self,

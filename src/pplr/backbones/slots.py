@@ -5,7 +5,9 @@ The frozen base of a stage is shared by all clients; putting another client's te
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +25,7 @@ from pplr.config import AdapterConfig
 from pplr.errors import AdapterError, BackboneError
 from pplr.seeds import derive_seed
 
-__all__ = ["AdapterSlots", "DifferenceSlots", "SeededDropout", "Slots", "inject_adapter", "make_slots"]
+__all__ = ["AdapterSlots", "DifferenceSlots", "SeededDropout", "Slots", "Tenant", "inject_adapter", "make_slots"]
 
 _LOWEST = -(2**63)
 """The least int64: draws from it on use all 64 bits."""
@@ -50,11 +52,15 @@ class SeededDropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop inputs of any shape; what stays is scaled by 1 / (1 - probability). Run again, it drops the same."""
-        if self.seed is None or self.probability == 0:
+        return self.dropped(x, self.seed)
+
+    def dropped(self, x: Tensor, seed: int | None) -> Tensor:
+        """Drop inputs of any shape by a seed; ``None`` lets everything through."""
+        if seed is None or self.probability == 0:
             return x
         if self._generator is None or self._generator.device != x.device:
             self._generator = torch.Generator(x.device)
-        self._generator.manual_seed(self.seed)
+        self._generator.manual_seed(seed)
         return x * self._scales(x)
 
     def _scales(self, x: Tensor) -> Tensor:
@@ -65,6 +71,31 @@ class SeededDropout(nn.Module):
         return kept.view(x.shape).to(x.dtype).div_(1 - self.probability)
 
 
+@dataclass(frozen=True)
+class Tenant:
+    """One of several clients whose tokens pass a stage at once.
+
+    Args:
+        parameters: Its trained tensors, by name.
+        tokens: How many of the tokens are its own, with padding.
+        seed: Of its dropout masks; ``None`` drops nothing.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    tokens: int
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a layer has of one client among several."""
+
+    a: Tensor
+    b: Tensor
+    tokens: int
+    seed: int | None
+
+
 class _Lora(LoraLinear):
     """PEFT's LoRA layer, computed in the number format of the base.
 
@@ -72,22 +103,41 @@ class _Lora(LoraLinear):
     instead, as mixed precision does, and the update is added within the product that makes it.
     """
 
+    shares: Sequence[_Share] = ()
+    """Of the clients whose tokens pass at once, when it is not the one whose factors are bound."""
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the frozen layer and the update: (..., D_in) -> (..., D_out)."""
         out: Tensor = self.base_layer(x)
+        if self.shares:
+            return self._of_each(x, out)
         if self.disable_adapters:
             return out
         a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
+        return self._updated(out, self.lora_dropout["default"](x), a, b)
+
+    def _updated(self, out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Add B A x to what the frozen layer gave."""
         if is_widened(x):
-            inner = F.linear(self.lora_dropout["default"](x).float(), a.float())
+            inner = F.linear(x.float(), a.float())
             wide = torch.addmm(
                 out.flatten(0, -2).float(), inner.flatten(0, -2), b.float().t(), alpha=self.scaling["default"]
             )
             return wide.to(x.dtype).view_as(out)
-        inner = F.linear(self.lora_dropout["default"](x), a.to(x.dtype))  # (..., R)
+        inner = F.linear(x, a.to(x.dtype))  # (..., R)
         update = b.to(x.dtype).t()
         flat = torch.addmm(out.flatten(0, -2), inner.flatten(0, -2), update, alpha=self.scaling["default"])
         return flat.view_as(out)
+
+    def _of_each(self, x: Tensor, out: Tensor) -> Tensor:
+        """Add to each client's tokens its own update: (1, N, D_in), (1, N, D_out) -> (1, N, D_out)."""
+        sizes, dropout = [share.tokens for share in self.shares], self.lora_dropout["default"]
+        updated = []
+        for share, own, before in zip(self.shares, x.split(sizes, 1), out.split(sizes, 1), strict=True):
+            if isinstance(dropout, SeededDropout):
+                own = dropout.dropped(own, share.seed)
+            updated.append(self._updated(before, own, share.a, share.b))
+        return torch.cat(updated, 1)
 
 
 class Slots(Protocol):
@@ -209,11 +259,29 @@ class AdapterSlots:
         for name, layer in self._layers.items():
             dropout = layer.lora_dropout["default"]
             if isinstance(dropout, SeededDropout):
-                dropout.reseed(None if seed is None else derive_seed(seed, name))
+                dropout.reseed(_own_seed(seed, name))
+
+    @contextmanager
+    def shared(self, tenants: Sequence[Tenant]) -> Iterator[None]:
+        """Let several clients' tokens pass one after another in a row, each with its own tensors and masks."""
+        for name, layer in self._layers.items():
+            a, b = (f"{PEFT_PREFIX}{name}.lora_{factor}.weight" for factor in "AB")
+            layer.shares = [
+                _Share(own.parameters[a], own.parameters[b], own.tokens, _own_seed(own.seed, name)) for own in tenants
+            ]
+        try:
+            yield
+        finally:
+            for layer in self._layers.values():
+                layer.shares = ()
 
     def run(self, blocks: Blocks, *inputs: Any) -> Tensor:
         """Run the blocks, whose layers hold what is bound."""
         return blocks(*inputs)
+
+
+def _own_seed(seed: int | None, layer: str) -> int | None:
+    return None if seed is None else derive_seed(seed, layer)
 
 
 def make_slots(blocks: Blocks, config: AdapterConfig, prefix: str) -> Slots:

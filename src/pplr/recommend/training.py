@@ -98,14 +98,8 @@ def train_locally(
                     model.backbone.collate([drawn[i] for i in positions[start : start + micro]])
                     for start in range(0, len(positions), micro)
                 ]
-                wanted = sum(part.targets for part in parts)
-                batch_loss = 0.0
-                for number, part in enumerate(parts):
-                    dropout_seed = derive_seed(seed, "dropout", client, server_round, steps, number)
-                    loss = model.train_loss(part, dropout_seed)
-                    (loss / wanted).backward()
-                    batch_loss += float(loss.detach())
-                    tokens += part.tokens
+                seeds = [derive_seed(seed, "dropout", client, server_round, steps, own) for own in range(len(parts))]
+                batch_loss = sum(model.train_batch(parts, seeds))
                 if not math.isfinite(batch_loss):
                     raise FederationError(
                         f"the loss of client {client} is {batch_loss} at step {steps + 1} of server round "
@@ -114,7 +108,8 @@ def train_locally(
                     )
                 model.optimizer_step(config.clip_norm)
                 total_loss += batch_loss
-                targets += wanted
+                targets += sum(part.targets for part in parts)
+                tokens += sum(part.tokens for part in parts)
                 samples += len(positions)
                 steps += 1
                 advance(len(positions))

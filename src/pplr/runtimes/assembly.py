@@ -198,8 +198,9 @@ class Assembly:
             if self._connections is not None:
                 connect = self._connections.connector(self.backbone, self.config)
             self._models[plan] = CutModel(
-                self.backbone, plan, self.config.adapter, self.config.training, connect=connect
-            )
+                self.backbone, plan, self.config.adapter, self.config.training, connect=connect,
+                in_flight=self.config.runtime.in_flight,
+            )  # fmt: skip
         return self._models[plan]
 
     @property

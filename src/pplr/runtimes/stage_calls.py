@@ -6,7 +6,8 @@ A method that refuses leaves the tenancy as it was. All run one at a time, whose
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +22,7 @@ from pplr.runtimes.codec import Limits, Wire
 from pplr.runtimes.stage_state import Owner
 from pplr.runtimes.stage_tenancies import CacheState, Session, Settings, Tenancies, check_optimizer
 from pplr.stages.cut import CutPlan
+from pplr.stages.host import Asked
 from pplr.stages.optimizer import LocalObjective
 from pplr.stages.stage import StageCall
 
@@ -129,6 +131,13 @@ class SessionCalls:
         return self._states_in(session, message)
 
     def _forward(self, session: Session, request: Any) -> Any:
+        asked, lengths = self._forward_in(session, request)
+        left = session.host.forward(
+            session.name, asked.hidden_states, asked.call, keep_as=asked.step if request.keep else None
+        )
+        return self._forward_out(session, request, left, lengths)
+
+    def _forward_in(self, session: Session, request: Any) -> tuple[Asked, Tensor]:
         states, lengths = self._sequences_in(session, request.states)
         tokens = states.shape[0] * states.shape[1]
         if request.keep:
@@ -144,7 +153,9 @@ class SessionCalls:
             adapter=request.adapter,
             lengths=lengths,
         )
-        left = session.host.forward(session.name, states, call, keep_as=request.step if request.keep else None)
+        return Asked(session.name, request.step, states, call), lengths
+
+    def _forward_out(self, session: Session, request: Any, left: Tensor, lengths: Tensor) -> Any:
         try:
             reply = pb.StatesReply(states=codec.encode_states(left, lengths, session.wire))
         except WireError:
@@ -156,18 +167,87 @@ class SessionCalls:
         return reply
 
     def _backward(self, session: Session, request: Any) -> Any:
+        asked, lengths = self._backward_in(session, request)
+        try:
+            left = session.host.backward(session.name, asked.step, asked.hidden_states)
+        except (WireError, RuntimeError):  # what it left behind is no gradient
+            session.let_go()
+            raise
+        return self._backward_out(session, request, left, lengths)
+
+    def _backward_in(self, session: Session, request: Any) -> tuple[Asked, Tensor]:
         gradient, lengths = self._sequences_in(session, request.states)
         sent = session.kept.get(request.step)
         if sent is not None and sent != tuple(lengths.tolist()):
             _refuse(f"a gradient whose lengths are not those of step {request.step}", "Send the gradient of that step.")
+        return Asked(session.name, request.step, gradient), lengths
+
+    def _backward_out(self, session: Session, request: Any, left: Tensor, lengths: Tensor) -> Any:
         try:
-            left = session.host.backward(session.name, request.step, gradient)
             reply = pb.StatesReply(states=codec.encode_states(left, lengths, session.wire))
         except (WireError, RuntimeError):  # what it left behind is no gradient
             session.let_go()
             raise
         session.kept.pop(request.step, None)
         return reply
+
+    # -- several clients in one pass --------------------------------------------------------------------------
+
+    def meeting(self, name: str, session: Session, request: Any) -> tuple[Hashable, frozenset[str]] | None:
+        """Say with which other calls a call can be computed, by a key, and whose are to be expected.
+
+        Needs no turn. ``None`` for a call that is computed by itself.
+        """
+        try:
+            if name == "Forward" and request.keep and request.adapter and session.host.takes_several:
+                others = [own for own in self._tenancies.all() if own.host is session.host and own.in_round]
+                return (name, session.host), frozenset(own.name for own in others)
+            if name == "Backward" and (joint := session.host.joint_pass(session.name, request.step)) is not None:
+                return (name, joint), session.host.awaited(joint)
+        except TransportError:  # the tenancy is gone, which its own turn will tell
+            pass
+        return None
+
+    def together(self, name: str, calls: Sequence[tuple[Session, Any]]) -> list[Any]:
+        """Carry out calls of one :meth:`meeting` as one pass.
+
+        Returns:
+            Of each call its reply, or what was raised. Whoever fails, fails alone.
+        """
+        found: list[Any] = [None] * len(calls)
+        ready: list[tuple[int, Asked, Tensor]] = []
+        for number, (session, request) in enumerate(calls):
+            try:
+                ready.append((number, *self._read(name, session, request)))
+            except Exception as error:
+                found[number] = error
+        passed = [asked for _, asked, _ in ready]
+        left: Sequence[Tensor | None] = [None] * len(ready)
+        if len(ready) > 1:
+            host = calls[0][0].host
+            with suppress(RuntimeError, TransportError):  # as when memory is short; then each by itself
+                left = host.forward_together(passed) if name == "Forward" else host.backward_together(passed)
+        write = self._forward_out if name == "Forward" else self._backward_out
+        for (number, _, lengths), states in zip(ready, left, strict=True):
+            session, request = calls[number]
+            try:
+                if states is None:
+                    found[number] = self.answers[name][1](session, request)
+                else:
+                    found[number] = write(session, request, states, lengths)
+            except Exception as error:
+                found[number] = error
+        return found
+
+    def _read(self, name: str, session: Session, request: Any) -> tuple[Asked, Tensor]:
+        """Read what is to be computed with others, and refuse what would not be by itself."""
+        if name == "Forward":
+            asked, lengths = self._forward_in(session, request)
+            session.host.check_step(asked.client, asked.step)
+        else:
+            asked, lengths = self._backward_in(session, request)
+            session.host.check_gradient(asked.client, asked.step, asked.hidden_states)
+        return asked, lengths
 
     def _discard(self, session: Session, request: Any) -> Any:
         session.let_go()

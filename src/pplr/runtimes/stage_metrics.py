@@ -27,6 +27,9 @@ class StageMetrics:
             "request_seconds", "From a request's last byte to its answer.", ["method"], buckets=_SECONDS, **shared
         )
         self._wait = Histogram("wait_seconds", "Waiting for a turn to compute.", ["method"], buckets=_SECONDS, **shared)
+        self._together = Histogram(
+            "pass_clients", "Clients in a training pass that may have several.", buckets=(1, 2, 4, 8, 16, 32), **shared
+        )
         self._bytes = Counter("bytes", "Bytes of messages.", ["client", "direction"], **shared)
         self._shared = shared
         ProcessCollector(registry=self._registry)
@@ -46,6 +49,10 @@ class StageMetrics:
     def waited(self, method: str, seconds: float) -> None:
         """Count how long a call waited for its turn."""
         self._wait.labels(method).observe(seconds)
+
+    def together(self, clients: int) -> None:
+        """Count a training pass that could have several clients."""
+        self._together.observe(clients)
 
     def crossed(self, client: str, *, received: int = 0, sent: int = 0) -> None:
         """Count bytes."""

@@ -58,6 +58,8 @@ class ServerLimits:
         max_kept_tokens: Tokens, with padding, whose activations wait for a backward pass, of one client.
         max_caches: Open key-value caches of one tenancy.
         max_cache_tokens: Tokens, with padding, in the open caches of one client.
+        together: Clients whose training passes are computed as one; 1 computes each by itself.
+        max_together_tokens: Tokens, with padding, of such a pass.
         concurrent_calls: Calls of one client at once.
         workers: Calls of all clients at once.
         call_timeout_s: Longest time that a call may take to arrive.
@@ -76,6 +78,8 @@ class ServerLimits:
     max_kept_tokens: int = 1 << 15
     max_caches: int = 4
     max_cache_tokens: int = 1 << 17
+    together: int = 1
+    max_together_tokens: int = 1 << 13
     concurrent_calls: int = 8
     workers: int = 64
     call_timeout_s: float = 120.0

@@ -7,7 +7,15 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["Turns"]
+__all__ = ["Ticket", "Turns"]
+
+
+class Ticket:
+    """A place in the line, by which a call that another has served can be sent home."""
+
+    def __init__(self) -> None:
+        self.ready = threading.Event()
+        self.called_off = False
 
 
 class Turns:
@@ -25,7 +33,7 @@ class Turns:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._taken = False
-        self._queues: dict[str, deque[threading.Event]] = {}
+        self._queues: dict[str, deque[Ticket]] = {}
         self._turn = 0
         self._last: dict[str, int] = {}  # each client's last turn
 
@@ -36,20 +44,44 @@ class Turns:
             return sum(map(len, self._queues.values()))
 
     @contextmanager
-    def of(self, client: str) -> Iterator[None]:
-        """Wait for a turn of this client, and pass it on at the end."""
-        own = threading.Event()
+    def of(self, client: str, ticket: Ticket | None = None) -> Iterator[bool]:
+        """Wait for a turn of this client, and pass it on at the end.
+
+        Args:
+            client: Whose turn.
+            ticket: By which the call can be called off while it waits.
+
+        Yields:
+            Whether it is this call's turn; if not, it was called off.
+        """
+        own = ticket or Ticket()
         with self._lock:
-            if not self._taken:
+            if own.called_off:
+                own.ready.set()
+            elif not self._taken:
                 self._taken = True
                 self._give(client, own)
             else:
                 self._queues.setdefault(client, deque()).append(own)
-        own.wait()
+        own.ready.wait()
+        if own.called_off:
+            yield False
+            return
         try:
-            yield
+            yield True
         finally:
             self._pass_on()
+
+    def call_off(self, client: str, ticket: Ticket) -> None:
+        """Send a call home that waits, or will wait, for a turn of this client: it needs none any more."""
+        with self._lock:
+            ticket.called_off = True
+            queue = self._queues.get(client)
+            if queue is not None and ticket in queue:
+                queue.remove(ticket)
+                if not queue:
+                    del self._queues[client]
+            ticket.ready.set()
 
     def _pass_on(self) -> None:
         with self._lock:
@@ -62,7 +94,7 @@ class Turns:
             if not queue:
                 del self._queues[client]
 
-    def _give(self, client: str, call: threading.Event) -> None:
+    def _give(self, client: str, call: Ticket) -> None:
         self._turn += 1
         self._last[client] = self._turn
-        call.set()
+        call.ready.set()

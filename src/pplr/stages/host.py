@@ -5,7 +5,7 @@ Whatever carries the calls (a function call here, gRPC elsewhere) ends at this c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,18 +19,56 @@ from pplr.errors import TransportError
 from pplr.stages.cut import CutPlan
 from pplr.stages.optimizer import LocalObjective, StageOptimizer
 from pplr.stages.stage import Member, Stage, StageCall
+from pplr.stages.together import Entry, JointPass, fits
 
-__all__ = ["StageHost"]
+__all__ = ["Asked", "StageHost"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A training pass that a client asks for.
+
+    Args:
+        client: Whose adapter.
+        step: Its number.
+        hidden_states: (B, T, D), or the gradient of what left.
+        call: How to run; not needed for a gradient.
+    """
+
+    client: str
+    step: int
+    hidden_states: Tensor
+    call: StageCall = field(default_factory=StageCall)
 
 
 @dataclass
 class _Tenancy:
-    """What the server keeps for one client."""
+    """What the server keeps for one client.
+
+    Args:
+        member: Its adapter and optimizer.
+        kept: By step, what entered a pass of its own and what left.
+        joint: By step, a pass together with others, and its number there.
+        caches: By number.
+        opened: How many.
+    """
 
     member: Member
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    joint: dict[int, tuple[JointPass, int]] = field(default_factory=dict)
     caches: dict[int, Any] = field(default_factory=dict)
     opened: int = 0
+
+    def let_go(self, step: int) -> None:
+        """Let go of a kept pass."""
+        self.kept.pop(step, None)
+        if (joint := self.joint.pop(step, None)) is not None:
+            joint[0].forget(joint[1])
+
+    def let_go_all(self) -> None:
+        """Let go of every kept pass."""
+        for step in [*self.kept, *self.joint]:
+            self.let_go(step)
 
 
 class StageHost:
@@ -64,7 +102,8 @@ class StageHost:
 
     def dismiss(self, client: str) -> None:
         """Let go of everything kept for a client; one that was never admitted is passed over."""
-        self._tenancies.pop(client, None)
+        if (tenancy := self._tenancies.pop(client, None)) is not None:
+            tenancy.let_go_all()
 
     def _of(self, client: str) -> _Tenancy:
         try:
@@ -85,13 +124,35 @@ class StageHost:
         if keep_as is None:
             with torch.no_grad():
                 return self.stage.run(tenancy.member, hidden_states, call)
-        if keep_as in tenancy.kept:
-            raise TransportError(f"step {keep_as} of client {client!r} ran forward twice", cure="Number steps once.")
+        self.check_step(client, keep_as)
         entering = hidden_states.detach().requires_grad_(True)
         with torch.enable_grad():
             leaving = self.stage.run(tenancy.member, entering, call)
         tenancy.kept[keep_as] = (entering, leaving)
         return leaving.detach()
+
+    def forward_together(self, asked: Sequence[Asked]) -> list[Tensor]:
+        """Run the middle blocks once for several clients, each with its own adapter: (B, T, D) -> (B, T, D) each.
+
+        It equals :meth:`forward` for one client after another, up to the order of additions in the frozen products.
+        Activations are kept for :meth:`backward`.
+
+        Args:
+            asked: One pass of each client.
+
+        Raises:
+            TransportError: One of them is a step that was taken; no pass is kept.
+        """
+        tenancies = [self._of(own.client) for own in asked]
+        for own in asked:
+            self.check_step(own.client, own.step)
+        entries = [
+            Entry(tenancy.member, own.hidden_states, own.call) for own, tenancy in zip(asked, tenancies, strict=True)
+        ]
+        joint = JointPass(self.stage, entries)
+        for number, (own, tenancy) in enumerate(zip(asked, tenancies, strict=True)):
+            tenancy.joint[own.step] = (joint, number)
+        return joint.leaving
 
     def backward(self, client: str, step: int, grad_hidden_states: Tensor) -> Tensor:
         """Send a gradient back through a kept forward pass: (B, T, D) -> (B, T, D).
@@ -101,33 +162,102 @@ class StageHost:
         Raises:
             TransportError: No forward pass of that step is kept, or it had another shape; what is kept stays.
         """
+        self.check_gradient(client, step, grad_hidden_states)
         tenancy = self._of(client)
-        kept = tenancy.kept.get(step)
-        if kept is None:
-            raise TransportError(
-                f"no forward pass of step {step} is kept for client {client!r}", cure="Run the step again."
-            )
-        entering, leaving = kept
-        if grad_hidden_states.shape != leaving.shape:
-            raise TransportError(
-                f"a gradient of shape {tuple(grad_hidden_states.shape)} for step {step}, expected "
-                f"{tuple(leaving.shape)}",
-                cure="Send the gradient of that step.",
-            )
-        del tenancy.kept[step]
+        if step in tenancy.joint:
+            return self.backward_together([Asked(client, step, grad_hidden_states)])[0]
+        entering, leaving = tenancy.kept.pop(step)
         torch.autograd.backward(leaving, grad_hidden_states)
         if entering.grad is None:
             raise TransportError(f"step {step} of client {client!r} has no gradient", cure="Run the step again.")
         return entering.grad
 
+    def backward_together(self, asked: Sequence[Asked]) -> list[Tensor]:
+        """Send gradients back through one pass of several clients, of all or some: (B, T, D) -> (B, T, D) each.
+
+        Args:
+            asked: One gradient of each client.
+
+        Raises:
+            TransportError: They are not of one pass, or a gradient does not fit; what is kept stays.
+        """
+        for own in asked:
+            self.check_gradient(own.client, own.step, own.hidden_states)
+        found = [self._of(own.client).joint.get(own.step) for own in asked]
+        parts = [part for part in found if part is not None]
+        if len(parts) < len(found) or len({id(joint) for joint, _ in parts}) != 1:
+            raise TransportError("gradients of several passes", cure="Send those of one pass.")
+        entering = parts[0][0].backward(
+            {number: own.hidden_states for (_, number), own in zip(parts, asked, strict=True)}
+        )
+        for own in asked:
+            del self._of(own.client).joint[own.step]
+        return [entering[number] for _, number in parts]
+
+    def check_step(self, client: str, step: int) -> None:
+        """Refuse a step number under which a pass is kept.
+
+        Raises:
+            TransportError: There is one.
+        """
+        tenancy = self._of(client)
+        if step in tenancy.kept or step in tenancy.joint:
+            raise TransportError(f"step {step} of client {client!r} ran forward twice", cure="Number steps once.")
+
+    def check_gradient(self, client: str, step: int, grad_hidden_states: Tensor) -> None:
+        """Refuse a gradient that fits no kept pass.
+
+        Raises:
+            TransportError: No forward pass of that step is kept, it had another shape, or it was one of several clients
+                and this client's adapter has changed since.
+        """
+        tenancy = self._of(client)
+        if step in tenancy.joint:
+            joint, number = tenancy.joint[step]
+            shape = joint.leaving[number].shape
+            if not joint.entry(number).is_current:
+                raise TransportError(
+                    f"the adapter of client {client!r} changed between step {step} and its gradient",
+                    cure="Run the step again.",
+                )
+        elif step in tenancy.kept:
+            shape = tenancy.kept[step][1].shape
+        else:
+            raise TransportError(
+                f"no forward pass of step {step} is kept for client {client!r}", cure="Run the step again."
+            )
+        if grad_hidden_states.shape != shape:
+            raise TransportError(
+                f"a gradient of shape {tuple(grad_hidden_states.shape)} for step {step}, expected {tuple(shape)}",
+                cure="Send the gradient of that step.",
+            )
+
+    @property
+    def takes_several(self) -> bool:
+        """Whether several clients can be in one pass."""
+        return fits(self.stage)
+
+    def awaited(self, joint: JointPass) -> frozenset[str]:
+        """Name the clients whose gradients a pass of several waits for."""
+        return frozenset(
+            name
+            for name, tenancy in list(self._tenancies.items())
+            if any(own is joint for own, _ in list(tenancy.joint.values()))
+        )
+
+    def joint_pass(self, client: str, step: int) -> JointPass | None:
+        """Find the pass that a client's step was part of; ``None`` for one of its own, or none."""
+        found = self._of(client).joint.get(step)
+        return None if found is None else found[0]
+
     def forget(self, client: str, step: int) -> None:
         """Let go of one kept forward pass."""
-        self._of(client).kept.pop(step, None)
+        self._of(client).let_go(step)
 
     def discard(self, client: str) -> None:
         """Let go of kept activations, gradients and caches of a client, as after an error."""
         tenancy = self._of(client)
-        tenancy.kept.clear()
+        tenancy.let_go_all()
         tenancy.caches.clear()
         tenancy.member.optimizer.clear_gradients()
 

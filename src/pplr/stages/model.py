@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from pplr.stages.boundary import Crossing
 from pplr.stages.cut import CutPlan
 from pplr.stages.host import StageHost
 from pplr.stages.optimizer import LocalObjective, StageOptimizer
+from pplr.stages.pipeline import Ends, MicroBatch, train_overlapped
 from pplr.stages.stage import Member, Stage, StageCall
 from pplr.stages.transport import LocalTransport, TakingTransport, Traffic, Transport
 
@@ -43,6 +44,7 @@ class CutModel:
         training: The optimizer's settings.
         server: The base that the server's side holds, when the two sides hold parts of it apart in this process.
         connect: Makes a client's transport to a server elsewhere; then this process hosts no middle stage.
+        in_flight: Micro-batches of a batch under way at once, where the server is elsewhere.
     """
 
     def __init__(
@@ -53,8 +55,10 @@ class CutModel:
         training: TrainingConfig,
         server: Backbone | None = None,
         connect: Callable[[str, CutPlan], Transport] | None = None,
+        in_flight: int = 1,
     ) -> None:
         self.backbone = backbone
+        self._in_flight = in_flight
         self.plan = plan
         self.training = training
         self.input = Stage(backbone, plan.input, adapter, "input", recompute=training.recompute)
@@ -98,7 +102,7 @@ class CutModel:
             transport = LocalTransport(self.host, name)
         if transport is not None:
             self._transports[name] = transport
-        return ClientModel(self.input, self.output, transport, initial, self.training)
+        return ClientModel(self.input, self.output, transport, initial, self.training, self._in_flight)
 
     def dismiss(self, name: str) -> None:
         """Let go of what the server's side keeps in memory for a client, if it was ever admitted."""
@@ -142,6 +146,7 @@ class ClientModel:
         transport: The way to the middle blocks; ``None`` when the model is not cut.
         initial: The adapter to start from.
         training: The optimizer's settings.
+        in_flight: Micro-batches of a batch under way at once, where a transport leaves the process.
     """
 
     def __init__(
@@ -151,12 +156,14 @@ class ClientModel:
         transport: Transport | None,
         initial: Mapping[str, Tensor],
         training: TrainingConfig,
+        in_flight: int = 1,
     ) -> None:
         self.backbone = input_stage.backbone
         self.transport = transport
         self._stages = (input_stage, output_stage)
         self._members = tuple(Member(stage, initial, training) for stage in self._stages)
         self._step = 0
+        self._in_flight = in_flight
         self.keeps_constants = False
         self._constants_are_old = self._lacks_constants(initial)
 
@@ -194,16 +201,52 @@ class ClientModel:
             batch: Padded on the right.
             dropout_seed: Seed of this pass's dropout masks; ``None`` drops nothing.
         """
-        states = self.backbone.embed(batch.input_ids, self._members[0].ends, dropout_seed)  # (B, T) -> (B, T, D)
-        call = StageCall(dropout_seed=dropout_seed, lengths=batch.lengths)
-        states = self._stages[0].run(self._members[0], states, call)
+        part = self._numbered(batch, dropout_seed)
+        states = self._enter(part)
         if self.transport is not None:
             if not states.requires_grad:
                 states = states.detach().requires_grad_(True)
-            self._step += 1
-            states = Crossing.apply(states, batch.lengths, self.transport, call, self._step)
-        states = self._stages[1].run(self._members[1], states, call)
-        return self.backbone.loss(states, batch, self._members[1].ends)
+            states = Crossing.apply(states, batch.lengths, self.transport, part.call, part.step)
+        return self._leave(states, part)
+
+    def _numbered(self, batch: Batch, dropout_seed: int | None) -> MicroBatch:
+        self._step += self.transport is not None
+        return MicroBatch(batch, StageCall(dropout_seed=dropout_seed, lengths=batch.lengths), self._step)
+
+    def _enter(self, part: MicroBatch) -> Tensor:
+        """Embed a batch and run the input stage: (B, T) -> (B, T, D)."""
+        states = self.backbone.embed(part.batch.input_ids, self._members[0].ends, part.call.dropout_seed)
+        return self._stages[0].run(self._members[0], states, part.call)
+
+    def _leave(self, states: Tensor, part: MicroBatch) -> Tensor:
+        """Run the output stage and sum the loss: (B, T, D) -> ()."""
+        states = self._stages[1].run(self._members[1], states, part.call)
+        return self.backbone.loss(states, part.batch, self._members[1].ends)
+
+    def train_batch(self, parts: Sequence[Batch], dropout_seeds: Sequence[int | None]) -> list[float]:
+        """Add up the gradients of a batch's micro-batches; its loss is the mean over the targets of all.
+
+        Across a network some are in flight at a time, if the model was made so; the result has the same bits.
+
+        Args:
+            parts: The micro-batches, in their order.
+            dropout_seeds: One for each.
+
+        Returns:
+            Each micro-batch's sum of losses.
+        """
+        wanted = sum(part.targets for part in parts)
+        transport = None if isinstance(self.transport, LocalTransport) else self.transport
+        if self._in_flight > 1 and len(parts) > 1 and transport is not None:
+            numbered = [self._numbered(part, seed) for part, seed in zip(parts, dropout_seeds, strict=True)]
+            ends = Ends(self._enter, self._leave)
+            return train_overlapped(ends, transport, numbered, lambda loss: loss / wanted, self._in_flight)
+        losses = []
+        for part, seed in zip(parts, dropout_seeds, strict=True):
+            loss = self.train_loss(part, seed)
+            (loss / wanted).backward()
+            losses.append(float(loss.detach()))
+        return losses
 
     @torch.no_grad()
     def hidden_states(self, batch: Batch, *, adapter: bool = True) -> Tensor:

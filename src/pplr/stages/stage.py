@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from pplr.backbones.adapters import AdapterState, check_adapter
+from pplr.backbones.attention import Part, batches
 from pplr.backbones.base import Backbone, End
-from pplr.backbones.slots import Slots, make_slots
+from pplr.backbones.slots import AdapterSlots, Slots, Tenant, make_slots
 from pplr.config import AdapterConfig, TrainingConfig
+from pplr.errors import BackboneError
 from pplr.stages.optimizer import StageOptimizer
 
 __all__ = ["Member", "Stage", "StageCall"]
@@ -91,6 +93,24 @@ class Stage:
         again = self.recompute and cache is None
         with self.blocks.recomputing(lambda: self._prepare(member, call)) if again else nullcontext():
             return self.slots.run(self.blocks, hidden_states, mask, call.position_ids, cache)
+
+    def run_row(
+        self, hidden_states: Tensor, position_ids: Tensor, parts: Sequence[Part], tenants: Sequence[Tenant]
+    ) -> Tensor:
+        """Run several clients' batches that stand in one row of tokens: (1, N, D) -> (1, N, D).
+
+        Args:
+            hidden_states: (1, N, D), N the tokens of all, with padding.
+            position_ids: (1, N), each token's place in its own sequence.
+            parts: The batches, one for each client.
+            tenants: The clients' adapters, in the same order.
+        """
+        if not isinstance(self.slots, AdapterSlots):
+            raise BackboneError("a stage without LoRA takes one client at a time", cure="Run one client at a time.")
+        self.slots.enable(True)
+        everything = torch.ones_like(position_ids)  # each part has a mask of its own
+        with batches(parts), self.slots.shared(tenants):
+            return self.slots.run(self.blocks, hidden_states, everything, position_ids, None)
 
     def _prepare(self, member: Member, call: StageCall) -> None:
         if self._bound is not member:

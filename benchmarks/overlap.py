@@ -1,0 +1,204 @@
+"""Client and server at work at the same time: micro-batches in flight, and several clients in one pass of the server.
+
+Three parts: training across TLS with micro-batches in flight against the uncut model; clients at once on a server that
+computes their passes as one against one client at a time; and what one pass of several clients can save at all, by
+function calls in one process.
+
+    python -m benchmarks.overlap
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from benchmarks.deployment import Deployment, deployment
+from benchmarks.measuring import at_least, backbone_of, quickstart, real_batch, use_all_cores, write_result
+from benchmarks.network import at_once, take_turns
+from benchmarks.one_client import client_of, uncut_of
+from pplr.backbones.base import Batch, load_backbone
+from pplr.runtimes.identity import read_kit
+from pplr.runtimes.stage_channel import StageChannel
+from pplr.runtimes.stage_operator import StageOperator
+from pplr.stages.cut import CutPlan
+from pplr.stages.host import Asked, StageHost
+from pplr.stages.model import ClientModel
+from pplr.stages.stage import StageCall
+from pplr.testing import random_adapter
+
+_CLIENTS = re.compile(r"^pplr_stage_pass_clients_(sum|count) (\S+)$", re.MULTILINE)
+
+
+def _step(client: ClientModel, parts: Sequence[Batch], threads: int) -> None:
+    torch.set_num_threads(threads)
+    client.train_batch(parts, list(range(len(parts))))
+    client.optimizer_step(1.0)
+
+
+def in_flight(place: Deployment, size: int, micro: int, steps: int) -> dict[str, Any]:
+    """Train across the network with and without micro-batches in flight, and uncut, by turns."""
+    config = quickstart(f"training.samples={size}")
+    whole, cores = backbone_of(config), torch.get_num_threads()
+    encoded = real_batch(config, whole, size)
+    batch = [whole.collate(encoded)]
+    parts = [whole.collate(encoded[start : start + micro]) for start in range(0, size, micro)]
+    ways: dict[str, Callable[[], None]] = {}
+    with ExitStack() as stack:
+        own = quickstart(f"backbone.model={place.bundles('bfloat16')[0]}")
+        backbone = load_backbone(own.backbone)
+        for threads in sorted({1, cores}, reverse=True):
+            address, _ = stack.enter_context(place.server("bfloat16", "--threads", str(threads)))
+            for flight in (1, 2):
+                runtime = own.runtime.model_copy(update={"in_flight": flight})
+                name = f"c{threads}{flight}"
+                client, connections = client_of(
+                    own.model_copy(update={"runtime": runtime}), backbone, str(place.kit(name)), address, name
+                )
+                stack.callback(connections.close)
+                told = f"across, {threads} + {threads} threads"
+                if flight == 1:
+                    ways[f"{told}, whole batch"] = lambda own=client, n=threads: _step(own, batch, n)
+                what = "one after another" if flight == 1 else "2 in flight"
+                ways[f"{told}, {what}"] = lambda own=client, n=threads: _step(own, parts, n)
+        uncut = uncut_of(config, whole)
+        ways["uncut, whole batch"] = lambda: _step(uncut, batch, cores)
+        ways["uncut, one after another"] = lambda: _step(uncut, parts, cores)
+        seconds = take_turns(ways, steps)
+    torch.set_num_threads(cores)
+    median = {name: statistics.median(taken) for name, taken in seconds.items()}
+    best = min((name for name in median if "flight" in name), key=lambda name: median[name])
+    return {
+        "seconds": seconds,
+        "notes": [f"{name}: median {own:.2f} s a batch of {size}" for name, own in median.items()]
+        + [f"micro-batches of {micro}; the best of those in flight: {best}"],
+        "row": at_least(
+            "training across the cut with overlap, TLS loopback",
+            "the uncut model, in one process, whole batches",
+            median["uncut, whole batch"] / median[best],
+            0.95,
+        ),
+    }
+
+
+def clients(place: Deployment, count: int, size: int, window_s: float, turns: int) -> dict[str, Any]:
+    """Let clients train at once, on a server that takes them together and on one that does not, and one alone."""
+    told: dict[str, Any] = {}
+    for name, options in (("each by itself", ()), ("together", ("--together", str(count)))):
+        met: list[float] = []
+
+        def read(address: str, met: list[float] = met) -> None:
+            channel = StageChannel(address, read_kit(place.kit("operator", "operator")))
+            found = {key: float(value) for key, value in _CLIENTS.findall(StageOperator(channel).metrics())}
+            met.append(found["sum"] / max(1.0, found["count"]))
+            channel.close()
+
+        told[name] = at_once(place, count, size, window_s, turns, *options, before_the_end=read)
+        told[name]["clients_of_a_pass"] = met[0]
+    row = told["together"].pop("row")
+    plain = told["each by itself"].pop("row")
+    return {
+        "clients": told,
+        "notes": [
+            f"{count} clients, batch {size}, each by itself: {plain['ratio']:.2f} times one client at a time; together "
+            f"{row['ratio']:.2f} times, with {told['together']['clients_of_a_pass']:.1f} clients in a pass on average"
+        ],
+        "row": at_least(
+            f"{count} clients on one server, cross-client batches of {size} each",
+            "one client at a time",
+            row["ratio"],
+            1.3,
+        ),
+    }
+
+
+def ceiling(count: int, sizes: Sequence[int], turns: int) -> dict[str, Any]:
+    """Compute one pass of several clients and one after another, forward and backward, by function calls."""
+    rows, notes = [], []
+    for dtype in ("float32", "bfloat16"):
+        config = quickstart(f"backbone.dtype={dtype}", f"training.samples={count * max(sizes)}")
+        backbone = backbone_of(config)
+        encoded = real_batch(config, backbone, count * max(sizes))
+        host = StageHost(backbone, CutPlan.make(config.cut, backbone.total_layers), config.adapter, config.training)
+        for number in range(count):
+            host.admit(str(number), random_adapter(host.stage.shapes, seed=number, scale=0.01))
+        for size in sizes:
+            asked = []
+            for number in range(count):
+                batch = backbone.collate(encoded[number * size : (number + 1) * size])
+                call = StageCall(dropout_seed=number, lengths=batch.lengths)
+                asked.append(Asked(str(number), 1, backbone.embed(batch.input_ids), call))
+            work = {"alone": 0.0, "together": 0.0}
+
+            def alone(asked: Sequence[Asked] = asked, host: StageHost = host, work: Any = work) -> None:
+                began = time.process_time()
+                for own in asked:
+                    left = host.forward(own.client, own.hidden_states, own.call, keep_as=1)
+                    host.backward(own.client, 1, torch.ones_like(left))
+                work["alone"] += time.process_time() - began
+
+            def together(asked: Sequence[Asked] = asked, host: StageHost = host, work: Any = work) -> None:
+                began = time.process_time()
+                left = host.forward_together(asked)
+                host.backward_together(
+                    [Asked(own.client, 1, torch.ones_like(s)) for own, s in zip(asked, left, strict=True)]
+                )
+                work["together"] += time.process_time() - began
+
+            seconds = take_turns({"alone": alone, "together": together}, turns)
+            ratio = statistics.median(seconds["alone"]) / statistics.median(seconds["together"])
+            tokens = sum(own.hidden_states.shape[0] * own.hidden_states.shape[1] for own in asked) // count
+            notes.append(
+                f"{count} clients of {size} samples ({tokens} tokens) in one pass of the middle blocks, {dtype}: "
+                f"{ratio:.2f} times as fast as one after another; processor time {work['alone'] / work['together']:.2f}"
+            )
+            print(notes[-1], flush=True)
+            rows.append({"dtype": dtype, "samples": size, "tokens": tokens, "ratio": ratio, "seconds": seconds})
+    return {"passes": rows, "notes": notes}
+
+
+def main() -> None:
+    """Measure and write ``overlap.json``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=7, help="training steps of each way")
+    parser.add_argument("--clients", type=int, default=5)
+    parser.add_argument("--client-batch", type=int, default=2)
+    parser.add_argument("--window", type=float, default=12.0, help="seconds of one client alone; all at once get more")
+    parser.add_argument("--windows", type=int, default=3)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 8], help="samples of each client in a pass")
+    parser.add_argument("--turns", type=int, default=5, help="passes of each way")
+    parser.add_argument("--only", choices=("in_flight", "clients", "ceiling"))
+    arguments = parser.parse_args()
+    use_all_cores()
+    found: dict[str, Any] = {}
+    with deployment(quickstart().cut) as place:
+        parts = {
+            "in_flight": lambda: in_flight(place, arguments.batch_size, arguments.micro_batch, arguments.steps),
+            "clients": lambda: clients(
+                place, arguments.clients, arguments.client_batch, arguments.window, arguments.windows
+            ),
+            "ceiling": lambda: ceiling(arguments.clients, arguments.sizes, arguments.turns),
+        }
+        for name, part in parts.items():
+            if arguments.only in (None, name):
+                print(f"-- {name}", flush=True)
+                found[name] = part()
+    notes = [note for told in found.values() for note in told.pop("notes")]
+    rows = [told.pop("row") for told in found.values() if "row" in told]
+    print("\n".join(notes))
+    for row in rows:
+        print(f"{row['name']} against {row['against']}: {row['ratio']:.3f}, met: {row['met']}")
+    if arguments.only is None:
+        write_result("overlap", {**found, "notes": notes, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

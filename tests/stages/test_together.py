@@ -1,0 +1,229 @@
+"""Several clients in one pass against one client at a time, which is the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pplr.config import AdapterConfig, TrainingConfig
+from pplr.errors import TransportError
+from pplr.stages.cut import CutPlan
+from pplr.stages.host import Asked, StageHost
+from pplr.stages.stage import StageCall
+from pplr.testing import random_adapter, refuses, tiny_backbone, tiny_encoder
+
+MODELS = {
+    "llama": lambda: tiny_backbone("llama"),
+    "mistral": lambda: tiny_backbone("mistral", sliding_window=4),
+    "qwen2": lambda: tiny_backbone("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=2),
+    "qwen3": lambda: tiny_backbone("qwen3"),
+    "bert": lambda: tiny_encoder("bert"),
+    "roberta": lambda: tiny_encoder("roberta"),
+}
+SHAPES = ((1, 5), (3, 17), (2, 1), (4, 12))
+NAMES = ("a", "b", "c", "d")
+
+
+def host_of(model: Any, dropout: float = 0.3, kind: str = "lora") -> StageHost:
+    modules = ("query", "value") if model.bidirectional else ("q_proj", "v_proj", "down_proj")
+    adapter = AdapterConfig(kind=kind, rank=4, dropout=dropout, target_modules=modules)
+    host = StageHost(model, CutPlan(1, 1, 4), adapter, TrainingConfig())
+    for number, name in enumerate(NAMES):
+        host.admit(name, random_adapter(host.stage.shapes, seed=number, scale=0.1))
+    return host
+
+
+def drawn(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def asked(step: int = 1, dropout: bool = True) -> list[Asked]:
+    found = []
+    for number, (name, (rows, tokens)) in enumerate(zip(NAMES, SHAPES, strict=True)):
+        lengths = torch.tensor([tokens, *range(1, rows)])
+        seed = 10 * step + number if dropout and number != 1 else None  # one of them drops nothing
+        found.append(Asked(name, step, drawn((rows, tokens, 32), 7 * step + number), StageCall(None, None, seed,
+                           lengths=lengths)))  # fmt: skip
+    return found
+
+
+def upstream(own: Asked) -> Asked:
+    """Draw the gradient of what left, which is 0 where padding is."""
+    gradient = drawn(tuple(own.hidden_states.shape), len(own.client) + own.hidden_states.shape[0])
+    real = torch.arange(gradient.shape[1]) < own.call.lengths[:, None]
+    return Asked(own.client, own.step, gradient * real[..., None])
+
+
+def one_at_a_time(host: StageHost, passes: Sequence[Asked]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    left = {own.client: host.forward(own.client, own.hidden_states, own.call, keep_as=own.step) for own in passes}
+    back = {own.client: host.backward(own.client, own.step, upstream(own).hidden_states) for own in passes}
+    return left, back
+
+
+def gradients(host: StageHost, client: str) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in host._of(client).member.parameters.items() if p.grad is not None}
+
+
+def assert_near(one: Tensor, other: Tensor) -> None:
+    assert float((one - other).abs().max()) <= 1e-5 * float(other.abs().max())
+
+
+def assert_same(passes: Sequence[Asked], joint: StageHost, alone: StageHost, left: Any, back: Any) -> None:
+    outs, ins = one_at_a_time(alone, passes)
+    for own in passes:
+        real = torch.arange(own.hidden_states.shape[1]) < own.call.lengths[:, None]
+        assert_near(left[own.client][real], outs[own.client][real])
+        assert_near(back[own.client], ins[own.client])
+    for name in NAMES:
+        found, wanted = gradients(joint, name), gradients(alone, name)
+        assert found.keys() == wanted.keys()
+        for tensor in wanted:
+            assert_near(found[tensor], wanted[tensor])
+
+
+def together(host: StageHost, passes: Sequence[Asked]) -> dict[str, Tensor]:
+    return dict(zip([own.client for own in passes], host.forward_together(passes), strict=True))
+
+
+def back_together(host: StageHost, passes: Sequence[Asked]) -> dict[str, Tensor]:
+    found = host.backward_together([upstream(own) for own in passes])
+    return dict(zip([own.client for own in passes], found, strict=True))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("family", MODELS)
+def test_together_is_one_at_a_time(family: str, dropout: float):
+    model = MODELS[family]()
+    joint, alone = host_of(model, dropout), host_of(model, dropout)
+    assert joint.takes_several
+    passes = asked()
+    left = together(joint, passes)
+    assert_same(passes, joint, alone, left, back_together(joint, passes))
+    assert not any(tenancy.joint for tenancy in joint._tenancies.values())
+
+
+def test_each_client_has_its_own_adapter_and_masks():
+    host = host_of(tiny_backbone())
+    same = drawn((2, 6, 32), 0)
+    passes = [
+        Asked(name, 1, same, StageCall(dropout_seed=seed)) for name, seed in zip(NAMES, (1, 1, 2, None), strict=True)
+    ]
+    left = host.forward_together(passes)
+    for one in range(4):
+        for other in range(one):
+            assert float((left[one] - left[other]).abs().max()) > 1e-3
+    host.set_adapter("b", host.adapter("a"))
+    host.discard("a")
+    host.discard("b")
+    one, other = host.forward_together([Asked(name, 2, same, StageCall(dropout_seed=1)) for name in "ab"])
+    assert_near(one, other)
+
+
+@pytest.mark.parametrize("first", [("b",), ("a",), ("b", "d"), ("a", "c"), ("d", "c", "b")])
+def test_some_gradients_come_before_others(first: tuple[str, ...]):
+    model = tiny_backbone()
+    joint, alone = host_of(model), host_of(model)
+    passes = asked()
+    left = together(joint, passes)
+    early = [own for own in passes if own.client in first]
+    late = [own for own in passes if own.client not in first]
+    back = back_together(joint, early) | back_together(joint, late)
+    assert_same(passes, joint, alone, left, back)
+
+
+def test_gradients_of_several_passes_add_up():
+    model = tiny_backbone()
+    joint, alone = host_of(model), host_of(model)
+    both = [asked(1), asked(2)]
+    left = [together(joint, passes) for passes in both]
+    back = [back_together(joint, passes) for passes in both]
+    assert_same(both[0], joint, joint_free(alone, both[1]), left[0], back[0])
+
+
+def joint_free(host: StageHost, passes: Sequence[Asked]) -> StageHost:
+    one_at_a_time(host, passes)
+    return host
+
+
+def test_one_that_leaves_takes_nothing_from_the_others():
+    model = tiny_backbone()
+    joint, alone = host_of(model), host_of(model)
+    passes = asked()
+    left = together(joint, passes)
+    joint.discard("b")
+    with refuses(TransportError, "no forward pass of step 1"):
+        joint.backward_together([upstream(own) for own in passes])
+    stay = [own for own in passes if own.client != "b"]
+    assert_same(stay, joint, alone, left, back_together(joint, stay))
+
+
+def test_an_adapter_that_changed_meanwhile_is_its_owners_trouble():
+    model = tiny_backbone()
+    joint, alone = host_of(model), host_of(model)
+    passes = asked()
+    left = together(joint, passes)
+    joint.set_adapter("b", {name: tensor * 2 for name, tensor in joint.adapter("b").items()})
+    with refuses(TransportError, "the adapter of client 'b' changed"):
+        joint.backward_together([upstream(own) for own in passes])
+    with refuses(TransportError, "the adapter of client 'b' changed"):
+        joint.backward("b", 1, upstream(passes[1]).hidden_states)
+    stay = [own for own in passes if own.client != "b"]
+    assert_same(stay, joint, alone, left, back_together(joint, stay))
+
+
+def test_numbers_that_are_not_finite_stay_with_their_owner():
+    model = tiny_backbone()
+    joint, alone = host_of(model), host_of(model)
+    joint.set_adapter("b", {name: tensor * 1e25 for name, tensor in joint.adapter("b").items()})
+    passes = asked()
+    left = together(joint, passes)
+    assert not bool(torch.isfinite(left["b"]).all())
+    back = back_together(joint, passes)
+    joint.discard("b")
+    assert_same([own for own in passes if own.client != "b"], joint, alone, left, back)
+
+
+def test_frozen_factors_get_no_gradient():
+    from pplr.stages.optimizer import LocalObjective
+
+    model = tiny_backbone()
+    joint, alone = host_of(model), host_of(model)
+    for host in (joint, alone):
+        for name in NAMES:
+            host.begin_round(name, 5, LocalObjective(train_a=name == "a"), None)
+    passes = asked()
+    left = together(joint, passes)
+    assert_same(passes, joint, alone, left, back_together(joint, passes))
+    assert all("lora_B" in tensor for tensor in gradients(joint, "b"))
+
+
+def test_what_cannot_be_together():
+    assert not host_of(tiny_encoder("longformer")).takes_several
+    assert not host_of(tiny_backbone(), kind="full").takes_several
+    yarn = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    assert not host_of(tiny_backbone("llama", rope_parameters=yarn)).takes_several
+
+
+def test_what_is_refused_keeps_nothing():
+    host = host_of(tiny_backbone())
+    passes = asked()
+    host.forward("b", passes[1].hidden_states, passes[1].call, keep_as=1)
+    with refuses(TransportError, "step 1 of client 'b' ran forward twice"):
+        host.forward_together(passes)
+    assert not any(tenancy.joint for tenancy in host._tenancies.values())
+    host.discard("b")
+    host.forward_together(passes)
+    with refuses(TransportError, "step 1 of client 'a' ran forward twice"):
+        host.forward("a", passes[0].hidden_states, passes[0].call, keep_as=1)
+    wrong = [upstream(own) for own in passes]
+    wrong[2] = Asked("c", 1, drawn((2, 2, 32), 0))
+    with refuses(TransportError, "expected (2, 1, 32)"):
+        host.backward_together(wrong)
+    host.forward_together(asked(2)[:2])
+    with refuses(TransportError, "gradients of several passes"):
+        host.backward_together([upstream(passes[2]), upstream(asked(2)[0])])
+    assert not any(gradients(host, name) for name in NAMES)
