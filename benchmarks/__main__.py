@@ -16,6 +16,7 @@ from benchmarks.summary import write_summary
 
 BENCHMARKS = (
     "training",
+    "packed",
     "federated_round",
     "roofline",
     "clients",

@@ -140,6 +140,11 @@ class PromptConfig(_Section):
     )
     """The instruction; `{noun}` and `{verb}` are filled in."""
 
+    targets: Literal["one", "all"] = "one"
+    """`one`: a history and the one title that followed it (BIGRec's). `all`: a list with a title on each line, in which
+    every title after the first is a target, so that one pass trains on all of a history. Recommending goes on with
+    such a list. `data.history_items` is how long lists are."""
+
 
 class ItemVectorsConfig(_Section):
     """With `item_vectors`: what a vector of an item is, and how states are matched with them."""
@@ -279,7 +284,8 @@ class TrainingConfig(_Section):
     """Local training."""
 
     samples: int | None = Field(default=None, ge=1)
-    """Training samples of all clients together, drawn once (the paper uses 1,024); all when absent."""
+    """Training samples of all clients together, drawn once (the paper uses 1,024); all when absent. A sample is one
+    target with its history, or where every title or item is a target, a list of up to `data.history_items` targets."""
 
     batch_size: int = Field(default=16, ge=1)
     """Samples for each optimizer step."""

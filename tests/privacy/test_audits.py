@@ -14,42 +14,42 @@ from pplr.testing.audits import AuditContract, Scene
 
 class TestNearestEmbedding(AuditContract):
     audit = "nearest_embedding"
-    finds: ClassVar = {"causal_lm": 1.0, "item_vectors": 1.0}
+    finds: ClassVar = {"causal_lm": 1.0, "lists": 1.0, "item_vectors": 1.0}
 
 
 class TestVocabularyMatching(AuditContract):
     audit = "vocabulary_matching"
-    finds: ClassVar = {"causal_lm": 1.0, "item_vectors": 1.0}
+    finds: ClassVar = {"causal_lm": 1.0, "lists": 1.0, "item_vectors": 1.0}
 
 
 class TestVocabularyMatchingBehindBlocks(AuditContract):
     audit = "vocabulary_matching"
     cut = (2, 0)
     levels = ("own",)
-    finds: ClassVar = {"causal_lm": 0.9, "item_vectors": 0.9}
+    finds: ClassVar = {"causal_lm": 0.9, "lists": 0.9, "item_vectors": 0.9}
 
 
 class TestPairsBehindBlocks(AuditContract):
     audit = "vocabulary_matching"
     cut = (2, 0)
     levels = ("pairs",)
-    finds: ClassVar = {"causal_lm": 0.25, "item_vectors": 0.25}
+    finds: ClassVar = {"causal_lm": 0.25, "lists": 0.25, "item_vectors": 0.25}
 
 
 class TestCatalogMatching(AuditContract):
     audit = "catalog_matching"
-    finds: ClassVar = {"causal_lm": 1.0, "item_vectors": 1.0}
+    finds: ClassVar = {"causal_lm": 1.0, "lists": 1.0, "item_vectors": 1.0}
 
 
 class TestCatalogMatchingBehindBlocks(AuditContract):
     audit = "catalog_matching"
     cut = (2, 0)
-    finds: ClassVar = {"causal_lm": 0.9, "item_vectors": 0.9}
+    finds: ClassVar = {"causal_lm": 0.9, "lists": 0.9, "item_vectors": 0.9}
 
 
 class TestInverter(AuditContract):
     audit = "inverter"
-    finds: ClassVar = {"causal_lm": 0.95, "item_vectors": 0.95}
+    finds: ClassVar = {"causal_lm": 0.95, "lists": 0.95, "item_vectors": 0.95}
 
 
 class TestInverterBehindBlocks(AuditContract):
@@ -63,28 +63,28 @@ class TestLabelGradients(AuditContract):
     audit = "label_gradients"
     metric = "target_hit@1"
     cut = (0, 0)
-    finds: ClassVar = {"causal_lm": 0.9, "item_vectors": 0.9}
+    finds: ClassVar = {"causal_lm": 0.9, "lists": 0.9, "item_vectors": 0.9}
 
 
 class TestLabelGradientsBehindABlock(AuditContract):
     audit = "label_gradients"
     metric = "target_hit@1"
     cut = (0, 1)
-    finds: ClassVar = {"causal_lm": 0.9, "item_vectors": 0.9}
+    finds: ClassVar = {"causal_lm": 0.9, "lists": 0.9, "item_vectors": 0.9}
 
 
 class TestLabelGradientsBehindBlocks(AuditContract):
     audit = "label_gradients"
     metric = "target_hit@1"
     cut = (1, 2)
-    finds: ClassVar = {"causal_lm": 0.9, "item_vectors": 0.9}
+    finds: ClassVar = {"causal_lm": 0.9, "lists": 0.9, "item_vectors": 0.9}
 
 
 class _Predicting(AuditContract):
     __test__ = False
     audit = "label_lens"
     metric = "target_hit@1"
-    finds: ClassVar = {"causal_lm": 0.9, "item_vectors": 0.9}
+    finds: ClassVar = {"causal_lm": 0.9, "lists": 0.9, "item_vectors": 0.9}
 
     def seen(self, scene: Scene) -> list[Observation]:
         return scene.predicting()
@@ -110,15 +110,15 @@ def test_what_came_before_is_run_once_and_changes_nothing(rows):
     torch.testing.assert_close(parts, whole.expand(rows, -1, -1))
 
 
-@pytest.mark.parametrize("name", ["causal_lm", "item_vectors"])
+@pytest.mark.parametrize("name", ["causal_lm", "lists", "item_vectors"])
 @pytest.mark.parametrize("last", [0, 2])
 def test_a_candidate_gradient_is_the_one_that_a_client_would_send(name, last, monkeypatch):
     best = []
     ranked = label_gradients._cosines
 
-    def kept(candidates, seen):
-        best.append(float(ranked(candidates, seen).max()))
-        return ranked(candidates, seen)
+    def kept(candidates, seen, *places):
+        best.append(float(ranked(candidates, seen, *places).max()))
+        return ranked(candidates, seen, *places)
 
     monkeypatch.setattr(label_gradients, "_cosines", kept)
     scene = Scene(name, (0, last))

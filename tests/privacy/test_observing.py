@@ -7,8 +7,10 @@ import torch
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.data.prompts import Sample
 from pplr.errors import ConfigError
+from pplr.privacy.audits import Guess
 from pplr.privacy.observing import observe, secret_of
 from pplr.privacy.replica import Replica
+from pplr.privacy.scoring import Reader, score
 from pplr.stages.cut import CutPlan
 from pplr.stages.model import CutModel
 from pplr.testing import random_adapter, refuses, tiny_backbone, tiny_catalog, tiny_encoder
@@ -31,6 +33,21 @@ def test_titles_that_did_not_fit_are_no_secret_of_the_pass() -> None:
     backbone.max_tokens = whole + backbone.answer_room(tiny_catalog()) - 1
     secret = secret_of(backbone, Sample(0, (5, 4), 1), "a", tiny_catalog(), 10)
     assert secret.history == (4,)
+
+
+def test_of_a_list_all_but_the_ends_of_lines_is_private() -> None:
+    backbone, catalog = tiny_backbone(targets="all"), tiny_catalog()
+    sample = Sample(7, (0, 3, 6), 5, every=True)
+    secret = secret_of(backbone, sample, "a", catalog, 2)  # the first item is not shown
+    told = backbone.tokenizer.decode([t for t, own in zip(secret.tokens, secret.is_private, strict=True) if own])
+    assert told == "Copper BeechOakOak"
+    (encoded,) = backbone.encode([sample], catalog, 2)
+    assert secret.tokens == (*encoded.prompt, *encoded.answer)
+    assert (secret.history, secret.target) == ((3, 5), 5)
+    reader = Reader(backbone, catalog)
+    assert set(score(Guess(secret.tokens), secret, reader).values()) == {1.0}
+    backbone.max_tokens = len(backbone.prompt_tokens(["Oak"], 0)) + backbone.answer_room(catalog)
+    assert secret_of(backbone, sample, "a", catalog, 10).history == (5,)
 
 
 def test_the_server_sees_what_the_client_sends_and_gets_back() -> None:

@@ -209,6 +209,45 @@ def test_trie_scores_put_the_likeliest_unseen_titles_first(trees: CausalLM, mode
             assert scores[row, item] <= 0
 
 
+@pytest.fixture(scope="module")
+def lists() -> CausalLM:
+    prompt = PROMPT.model_copy(update={"targets": "all"})
+    return CausalLM(tiny_decoder(), tiny_tokenizer(), prompt=prompt, max_tokens=256)
+
+
+def test_after_a_list_the_likeliest_unseen_lines_come_first(lists: CausalLM, space: TitleSpace):
+    """Scores are the odds of a title and its line's end; no token ends a text, which lists never do."""
+    cut = CutModel(lists, CutPlan(1, 1, 4), AdapterConfig(rank=4), TrainingConfig())
+    model = cut.client("one", random_adapter(cut.shapes))
+    config = EvaluationConfig(grounding="trie", beams=16)
+    scores = GenerativeRanker(model, space, config, history_items=10).scores(CASES)
+    titles = space.catalog.titles
+    for row, case in enumerate(CASES):
+        left = sorted(
+            {title for item, title in enumerate(titles) if item not in case.seen},
+            key=lambda title: naive_title_odds(lists, model, case, title),
+        )
+        assert [scores[row, titles.index(title)] for title in left] == list(range(1, len(left) + 1))
+
+
+def test_after_a_list_the_next_line_is_written_and_no_more(lists: CausalLM, space: TitleSpace):
+    cut = CutModel(lists, CutPlan(1, 1, 4), AdapterConfig(rank=4), TrainingConfig())
+    model = cut.client("one", random_adapter(cut.shapes))
+    ranker = GenerativeRanker(model, space, EvaluationConfig(beams=2, max_new_tokens=5), history_items=10)
+    assert ranker._stops == [lists.answer_end]
+    whole = peft_model(lists, AdapterConfig(rank=4), model.adapter())
+    for row, case in enumerate(CASES):
+        text = lists.template.prompt([space.catalog.titles[item] for item in case.history])
+        prompt = lists.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+        with torch.no_grad():
+            told = whole.generate(
+                input_ids=prompt, num_beams=2, do_sample=False, max_new_tokens=5,
+                eos_token_id=[256, lists.answer_end], pad_token_id=256,
+            )  # fmt: skip
+        line = lists.tokenizer.decode(told[0, prompt.shape[1] :], skip_special_tokens=True)
+        assert ranker.write(CASES)[row] == line.strip().split("\n")[0].strip().strip('"').strip()
+
+
 def test_trie_answers_are_encoded_as_in_training(trees: CausalLM, model: ClientModel, space: TitleSpace):
     ranker = GenerativeRanker(model, space, EvaluationConfig(grounding="trie"), history_items=10)
     assert isinstance(ranker._trie, TitleTrie)

@@ -419,3 +419,29 @@ def test_caches_are_closed_when_generation_fails(llama: CausalLM):
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert not caches
+
+
+@pytest.mark.parametrize("lowest", [0, 2])
+@pytest.mark.parametrize("plan", [CutPlan.make(None, 4), CutPlan(3, 0, 4)], ids=["whole", "cut"])
+def test_no_gradient_is_computed_below_the_lowest_block_that_is_trained(plan: CutPlan, lowest: int):
+    backbone = tiny_backbone()
+    batch = backbone.pad([[1, 2, 3, 4, 5]], [2])
+    cut = CutModel(backbone, plan, ADAPTER, TRAINING)
+    model = cut.client("one", random_adapter(cut.shapes))
+    for name, parameter in model._members[0].parameters.items():
+        parameter.requires_grad_(int(name.split(".layers.")[1].split(".")[0]) >= lowest)
+    entered: list[bool] = []
+    layers = cut.input.blocks.layers
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args: entered.append(args[0].requires_grad)) for layer in layers
+    ]
+    try:
+        model.train_loss(batch, None).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert entered == [number > lowest for number in range(len(layers))]
+    trained = {
+        int(n.split(".layers.")[1].split(".")[0]) for n, p in model._members[0].parameters.items() if p.grad is not None
+    }
+    assert trained == set(range(lowest, len(layers)))

@@ -190,6 +190,11 @@ class Backbone(ABC):
             UnsupportedModelError: The model's family is not one this backbone knows.
         """
 
+    @classmethod
+    def samples_of(cls, config: BackboneConfig) -> Literal["target", "history", "user"]:
+        """Say what a sample is under a configuration; see ``trains_on``, which it is by default."""
+        return cls.trains_on
+
     @abstractmethod
     def blocks(self, span: range) -> Blocks:
         """Build the blocks of a span around the shared frozen tensors, without copying them.
@@ -220,6 +225,10 @@ class Backbone(ABC):
     @abstractmethod
     def new_cache(self, blocks: Blocks) -> Any:
         """Make an empty key-value cache for a span of blocks."""
+
+    def divide(self, samples: Sequence[Sample], catalog: Catalog) -> Sequence[Sample]:
+        """Divide training samples that are too long to be encoded whole; by default they are left as they are."""
+        return samples
 
     @abstractmethod
     def encode(self, samples: Sequence[Sample], catalog: Catalog, history_items: int) -> list[Any]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -20,23 +19,16 @@ from pplr.backbones.base import Backbone, Batch, Blocks, register, span_tensors
 from pplr.backbones.bundles import base_fingerprint
 from pplr.backbones.loading import load_pretrained
 from pplr.backbones.losses import head_loss
+from pplr.backbones.titles import EncodedSample, ListTokens, PromptTokens
 from pplr.config import BackboneConfig, PromptConfig
 from pplr.data.interactions import Catalog
 from pplr.data.prompts import PromptTemplate, Sample
-from pplr.errors import BackboneError, DataError, UnsupportedModelError
+from pplr.errors import BackboneError, UnsupportedModelError
 
 __all__ = ["FAMILIES", "CausalLM", "DecoderBlocks", "EncodedSample"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Model families whose cut is verified equal to the uncut model, as HF's ``model_type``."""
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedSample:
-    """A prompt and its answer in tokens, encoded apart, so that the prompt is the same in training and inference."""
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
 
 
 class DecoderBlocks(Blocks):
@@ -146,7 +138,7 @@ def _shorten(model: PreTrainedModel, blocks: int) -> None:
 
 @register
 class CausalLM(Backbone):
-    """A decoder of the Llama-like layout, trained to write ``"Title"`` after a prompt.
+    """A decoder of the Llama-like layout, trained to write the next title after a history.
 
     Args:
         model: The frozen HF model.
@@ -182,7 +174,6 @@ class CausalLM(Backbone):
             )
         self.model = model.requires_grad_(False).eval()
         widen(self.model.lm_head)
-        self._tokenizer = tokenizer
         self.template = PromptTemplate(prompt or PromptConfig())
         self.max_tokens = max_tokens
         self.folder = folder
@@ -190,26 +181,33 @@ class CausalLM(Backbone):
         self.hidden_size = model.config.hidden_size
         held = next(tensor for tensor in model.state_dict().values() if not tensor.is_meta)
         self.dtype, self.device = held.dtype, held.device
-        self._room: tuple[Catalog, int] | None = None
+        self._titles: PromptTokens | None = None
         if tokenizer is None:
             return
         probe = tokenizer("x").input_ids
         starts = tokenizer.bos_token_id is not None and probe[:1] == [tokenizer.bos_token_id]
-        self._start: tuple[int, ...] = (tokenizer.bos_token_id,) if starts else ()
+        start: tuple[int, ...] = (tokenizer.bos_token_id,) if starts else ()
         self.end_token = tokenizer.eos_token_id
+        kind = ListTokens if self.template.is_list else PromptTokens
+        self._titles = kind(tokenizer, self.template, start, self.end_token)
         pad = tokenizer.pad_token_id
         self.pad_token = self.end_token if pad is None else pad
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer.
+    def titles(self) -> PromptTokens:
+        """Prompts and answers in tokens.
 
         Raises:
-            BackboneError: This is a server's bundle, which has none.
+            BackboneError: This is a server's bundle, which handles no text.
         """
-        if self._tokenizer is None:
+        if self._titles is None:
             raise BackboneError(f"{self.folder} is a server's bundle and handles no text", cure="Use the client's.")
-        return self._tokenizer
+        return self._titles
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, which a server's bundle has none of."""
+        return self.titles.tokenizer
 
     @classmethod
     def load(cls, config: BackboneConfig, notify: Callable[[str], None] = lambda _: None) -> CausalLM:
@@ -218,6 +216,11 @@ class CausalLM(Backbone):
         if config.keep_blocks is not None:
             _shorten(model, config.keep_blocks)
         return cls(model, tokenizer, prompt=config.prompt, max_tokens=config.max_tokens, folder=folder)
+
+    @classmethod
+    def samples_of(cls, config: BackboneConfig) -> Literal["target", "history", "user"]:
+        """Say what a sample is: one target, or a history where prompts are lists."""
+        return "history" if config.prompt.targets == "all" else "target"
 
     def blocks(self, span: range) -> DecoderBlocks:
         """Build the blocks of a span; the frozen tensors are shared."""
@@ -243,52 +246,35 @@ class CausalLM(Backbone):
         Raises:
             DataError: There is no history, or even its newest title alone does not fit ``max_tokens``.
         """
-        needed = 0
-        for first in range(max(1, len(titles))):
-            text = self.template.prompt(titles[first:])
-            tokens = self._start + tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
-            needed = len(tokens) + reserve
-            if needed <= self.max_tokens:
-                return tokens
-        raise DataError(
-            f"a prompt with one title and {reserve} answer tokens takes {needed} tokens, more than the "
-            f"{self.max_tokens} allowed",
-            cure="Raise backbone.max_tokens, or shorten backbone.prompt.instruction or the data's titles.",
-        )
+        return self.titles.prompt(titles, reserve, self.max_tokens)[0]
 
     def answer_tokens(self, title: str) -> tuple[int, ...]:
-        """Encode a title as the answer, with the end token."""
-        text = self.template.answer(title)
-        return (*self.tokenizer(text, add_special_tokens=False).input_ids, self.end_token)
+        """Encode a title as the answer, with the token that ends it."""
+        return self.titles.answer(title)
+
+    @property
+    def answer_end(self) -> int:
+        """The token that ends an answer, and is nowhere else in it."""
+        return self.titles.end
 
     def answer_room(self, catalog: Catalog) -> int:
-        """Count the tokens of a catalog's longest answer.
-
-        Every prompt leaves as much room, in training as in inference, where the answer is not known; so a history
-        is shortened to the same prompt in both.
-        """
-        if self._room is None or self._room[0] is not catalog:
-            answers = [self.template.answer(title) for title in catalog.titles]
-            rows = self.tokenizer(answers, add_special_tokens=False).input_ids
-            self._room = (catalog, 1 + max(map(len, rows)))
-        return self._room[1]
+        """Count the tokens of a catalog's longest answer, for which every prompt leaves room."""
+        return self.titles.room(catalog)
 
     def text_tokens(self, text: str) -> tuple[int, ...]:
         """Encode a text by itself, as it is embedded for grounding."""
-        return self._start + tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return self.titles.start + self.titles.tokens(text)
+
+    def divide(self, samples: Sequence[Sample], catalog: Catalog) -> list[Sample]:
+        """Divide lists that are longer than ``max_tokens``, so that every title but a user's first is a target once."""
+        return self.titles.windows(samples, catalog, self.max_tokens)
 
     def encode(self, samples: Sequence[Sample], catalog: Catalog, history_items: int) -> list[EncodedSample]:
-        """Encode samples; histories longer than ``history_items`` keep their newest items."""
-        room = self.answer_room(catalog)
-        encoded = []
-        for sample in samples:
-            answer = self.answer_tokens(catalog.titles[sample.target])
-            titles = [catalog.titles[item] for item in sample.history[-history_items:]]
-            encoded.append(EncodedSample(self.prompt_tokens(titles, room), answer))
-        return encoded
+        """Encode samples; histories longer than ``history_items`` or ``max_tokens`` keep their newest items."""
+        return [self.titles.encode(sample, catalog, history_items, self.max_tokens) for sample in samples]
 
     def length(self, encoded: EncodedSample) -> int:
-        """Count prompt and answer."""
+        """Count prompt and targets."""
         return len(encoded.prompt) + len(encoded.answer)
 
     def collate(self, encoded: Sequence[EncodedSample]) -> Batch:

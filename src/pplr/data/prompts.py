@@ -174,8 +174,11 @@ def draw_cases(cases: Sequence[Sequence[Case]], total: int | None, seed: int) ->
 class PromptTemplate:
     r"""The words around a history, in the form of Alpaca and BIGRec, with no line indented.
 
+    Where every title is a target, a history is a list instead, a title on each line. What follows a list is its next
+    line, so a prompt with its answer is the prompt of a history that is longer by one.
+
     Args:
-        config: Instruction, noun and verb.
+        config: Instruction, noun, verb and form.
 
     Example:
         >>> template = PromptTemplate(PromptConfig(instruction="Recommend one of the {noun}."))
@@ -189,13 +192,26 @@ class PromptTemplate:
         ### Response:
         "Heat (1995)"
         <BLANKLINE>
+        >>> template = PromptTemplate(PromptConfig(instruction="Recommend one of the {noun}.", targets="all"))
+        >>> print(template.prompt(["Toy Story (1995)", 'The "Best" One']) + template.answer("Heat (1995)"))
+        ### Instruction:
+        Recommend one of the movies.
+        <BLANKLINE>
+        ### Input:
+        The user has watched the following movies, one after the other:
+        Toy Story (1995)
+        The 'Best' One
+        Heat (1995)
+        <BLANKLINE>
     """
 
     def __init__(self, config: PromptConfig) -> None:
         instruction = config.instruction.replace("{noun}", config.noun).replace("{verb}", config.verb)
-        self._before = (
+        self.is_list = config.targets == "all"
+        how = ", one after the other:\n" if self.is_list else " before: "
+        self.before = (
             f"### Instruction:\n{instruction}\n\n"
-            f"### Input:\nThe user has {config.verb} the following {config.noun} before: "
+            f"### Input:\nThe user has {config.verb} the following {config.noun}{how}"
         )
         self._after = "\n\n### Response:\n"
 
@@ -210,12 +226,14 @@ class PromptTemplate:
         """
         if not titles:
             raise DataError("a history of no items cannot be made a prompt", cure="Give at least one title.")
+        if self.is_list:
+            return self.before + "".join(self.answer(title) for title in titles)
         shown = ", ".join(f'"{shown_title(title)}"' for title in titles)
-        return f"{self._before}{shown}{self._after}"
+        return f"{self.before}{shown}{self._after}"
 
     def answer(self, title: str) -> str:
-        """Write the answer that follows a prompt: the title in quotes and the end of the line."""
-        return f'"{shown_title(title)}"\n'
+        """Write the answer that follows a prompt: a list's next line, or the title in quotes and a line's end."""
+        return f"{shown_title(title)}\n" if self.is_list else f'"{shown_title(title)}"\n'
 
 
 def shown_title(title: str) -> str:

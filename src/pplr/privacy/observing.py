@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from pplr.backbones.base import Backbone, Batch
-from pplr.backbones.causal_lm import CausalLM, EncodedSample
+from pplr.backbones.causal_lm import CausalLM
 from pplr.backbones.item_vectors import ItemVectors
+from pplr.backbones.titles import EncodedSample, ListTokens
 from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample, shown_title
 from pplr.errors import ConfigError
@@ -148,6 +149,8 @@ def _prompt_secret(
     """Find which tokens of a prompt and its answer are of titles."""
     items = sample.history[-history_items:]
     first = _first_of_title(catalog)
+    if isinstance(backbone.titles, ListTokens):
+        return _list_secret(backbone.titles, replace(sample, history=items), encoded, client, catalog)
     for start in range(len(items)):  # the oldest titles may have been left out
         kept = items[start:]
         text = backbone.template.prompt([catalog.titles[item] for item in kept])
@@ -164,6 +167,27 @@ def _prompt_secret(
                 target=first[sample.target],
             )
     raise ConfigError("a prompt holds no history", cure="Raise backbone.max_tokens.")
+
+
+def _list_secret(titles: ListTokens, sample: Sample, encoded: EncodedSample, client: str, catalog: Catalog) -> Secret:
+    """Find which tokens of a list are of titles: all of a line's but its end."""
+    tokens, first = (*encoded.prompt, *encoded.answer), _first_of_title(catalog)
+    kept: list[int] = []
+    private: list[bool] = []
+    for item in (sample.target, *reversed(sample.history)):  # the oldest titles may have been left out
+        if len(titles.lead) + len(private) == len(tokens):
+            break
+        line = titles.answer(catalog.titles[item])
+        kept.append(first[item])
+        private += [False] * len(titles.line_end) + [True] * (len(line) - len(titles.line_end))
+    return Secret(
+        user=sample.user,
+        client=client,
+        tokens=tokens,
+        is_private=(*[False] * len(titles.lead), *reversed(private)),
+        history=tuple(kept[:0:-1]),
+        target=kept[0],
+    )
 
 
 def _private_tokens(backbone: CausalLM, text: str, titles: Sequence[str], begins: bool = True) -> list[bool]:

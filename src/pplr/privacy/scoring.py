@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pplr.backbones.base import Backbone
 from pplr.backbones.causal_lm import CausalLM
+from pplr.backbones.titles import ListTokens
 from pplr.data.interactions import Catalog
 from pplr.data.prompts import shown_title
 from pplr.privacy.audits.base import Guess
@@ -55,13 +56,16 @@ class Reader:
         """Read the items before the target."""
         if not isinstance(self.backbone, CausalLM):
             return {self.first(token) for token in tokens[:-1] if token is not None}
-        text = self._text(tokens).rsplit("### Response:", 1)[0]
-        return {own[0] for title in _quoted(text) if (own := self._closest(title, 1))}
+        said = self._lines(tokens)[:-1] if self._lists else _quoted(self._text(tokens).rsplit("### Response:", 1)[0])
+        return {own[0] for title in said if (own := self._closest(title, 1))}
 
     def targets(self, tokens: Sequence[int | None]) -> tuple[int, ...]:
         """Read the likeliest targets, the best first."""
         if not isinstance(self.backbone, CausalLM):
             return () if tokens[-1] is None else (self.first(tokens[-1]),)
+        if self._lists:
+            lines = self._lines(tokens)
+            return tuple(self._closest(lines[-1], 10)) if lines else ()
         parts = self._text(tokens).rsplit("### Response:", 1)
         answers = _quoted(parts[1] + '"') if len(parts) == 2 else []
         return tuple(self._closest(answers[0], 10)) if answers else ()
@@ -73,6 +77,17 @@ class Reader:
     def first(self, item: int) -> int:
         """Name an item by the first of its title."""
         return self._titles[shown_title(self.catalog.titles[item])]
+
+    @property
+    def _lists(self) -> ListTokens | None:
+        """How lists are written, where a pass is one."""
+        titles = self.backbone.titles if isinstance(self.backbone, CausalLM) else None
+        return titles if isinstance(titles, ListTokens) else None
+
+    def _lines(self, tokens: Sequence[int | None]) -> list[str]:
+        """Read the lines of a list, whose beginning is known."""
+        lead = 0 if self._lists is None else len(self._lists.lead)
+        return [" ".join(line.split()) for line in self._text(tokens[lead:]).split("\n") if line.strip()]
 
     def _text(self, tokens: Sequence[int | None]) -> str:
         backbone = self.backbone

@@ -150,7 +150,7 @@ def generate(
             num_return_sequences=returned,
             do_sample=False,
             length_penalty=length_penalty,
-            eos_token_id=[backbone.end_token, *stop_tokens],
+            eos_token_id=list(dict.fromkeys([backbone.end_token, *stop_tokens])),
             pad_token_id=backbone.end_token,
             return_dict_in_generate=True,
             output_scores=beams > 1 and returned > 1,  # keeps (steps, B · beams, V), so only where scores are read

@@ -169,8 +169,8 @@ class GenerativeRanker:
         self._history_items = history_items
         answers = [self._backbone.answer_tokens(title) for title in space.catalog.titles]
         self._longest = self._backbone.answer_room(space.catalog)
-        self._trie = TitleTrie(answers, self._backbone.end_token) if config.grounding == "trie" else None
-        endings = {answer[-2] for answer in answers if len(answer) > 1}
+        self._trie = TitleTrie(answers, self._backbone.answer_end) if config.grounding == "trie" else None
+        endings = {token for answer in answers for token in answer[-2:]}
         self._stops = sorted(token for token in endings if "\n" in self._backbone.tokenizer.decode([token]))
 
     def scores(self, cases: Sequence[Case]) -> NDArray[np.float32]:
@@ -223,6 +223,7 @@ class GenerativeRanker:
             prompts,
             beams=beams,
             max_new_tokens=self._trie.max_length + 1,
+            stop_tokens=[self._trie.end_token],
             returned=beams,
             length_penalty=0.0,
             processors=[constraint],

@@ -104,12 +104,12 @@ def load_run_data(config: Config, notify: Callable[[str], None] = lambda _: None
         partition = make_partition(dataset, holdout, config.data.partition, config.federation.clients, seed)
     else:
         partition = own_partition(dataset, holdout, own, config.data.partition.min_users)
-    trains_on = backbone_kind(config.backbone.name).trains_on
+    samples_of = backbone_kind(config.backbone.name).samples_of(config.backbone)
     make: Callable[[list[int]], list[Sample]] = {
         "target": lambda users: training_samples(holdout, users, items),
         "history": lambda users: training_histories(holdout, users, items),
         "user": lambda users: training_users(holdout, users),
-    }[trains_on]
+    }[samples_of]
     every = [make(users.tolist()) for users in partition.users]
     samples = draw_samples(every, config.training.samples, seed)
     for name, drawn in zip(partition.names, samples, strict=True):
@@ -305,7 +305,8 @@ class Assembly:
             ConfigError: Training is private, and there is no folder for the ledger.
             RunError: The ledger cannot be read.
         """
-        samples, private, books = self._samples(name), self.config.privacy.dp, None
+        samples = self.backbone.divide(self._samples(name), self.data.dataset.catalog)
+        private, books = self.config.privacy.dp, None
         if private.is_on:
             if ledgers is None:
                 raise ConfigError("private training without a ledger", cure="Say in which folder the client keeps it.")

@@ -15,7 +15,7 @@ from torch import Tensor
 from pplr.backbones.base import Backbone, Batch
 from pplr.backbones.causal_lm import CausalLM
 from pplr.backbones.item_vectors import ItemVectors
-from pplr.config import AdapterConfig, ItemVectorsConfig, TrainingConfig
+from pplr.config import AdapterConfig, ItemVectorsConfig, PromptConfig, TrainingConfig
 from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample
 from pplr.privacy.audits import Attacker, Guess, Knowledge, make_audit
@@ -39,7 +39,7 @@ class Scene:
     """A tiny federation's server and what it sees, with an attacker.
 
     Args:
-        name: Of the backbone.
+        name: Of the backbone; ``lists`` is causal_lm with every title a target.
         cut: k and m, of four blocks.
     """
 
@@ -48,7 +48,8 @@ class Scene:
         letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
         titles = tuple("".join(draw.choice(letters, int(draw.integers(4, 7)))).title() for _ in range(_ITEMS))
         self.catalog = Catalog(tuple(f"t{number}" for number in range(_ITEMS)), titles)
-        text = CausalLM(tiny_decoder(seed=3), tiny_tokenizer(), max_tokens=512, folder="tiny")
+        prompt = PromptConfig(targets="all" if name == "lists" else "one")
+        text = CausalLM(tiny_decoder(seed=3), tiny_tokenizer(), prompt=prompt, max_tokens=512, folder="tiny")
         self.backbone: Backbone = text
         if name == "item_vectors":
             self.backbone = ItemVectors(text, ItemVectorsConfig(width=16, hidden_width=None))

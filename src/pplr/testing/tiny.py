@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from pplr.backbones.adapters import AdapterState
 from pplr.backbones.causal_lm import CausalLM
 from pplr.backbones.encoder import Encoder
-from pplr.config import AdapterConfig, EncoderConfig
+from pplr.config import AdapterConfig, EncoderConfig, PromptConfig
 from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample
 from pplr.stages.cut import CutPlan
@@ -78,9 +78,10 @@ def tiny_decoder(
     return model.eval()
 
 
-def tiny_backbone(family: str = "llama", **options: Any) -> CausalLM:
+def tiny_backbone(family: str = "llama", *, targets: Literal["one", "all"] = "one", **options: Any) -> CausalLM:
     """Make a random ``causal_lm`` backbone with the byte-level tokenizer."""
-    return CausalLM(tiny_decoder(family, **options), tiny_tokenizer(), max_tokens=512, folder=f"tiny-{family}")
+    model, prompt = tiny_decoder(family, **options), PromptConfig(targets=targets)
+    return CausalLM(model, tiny_tokenizer(), prompt=prompt, max_tokens=512, folder=f"tiny-{family}")
 
 
 def tiny_encoder(

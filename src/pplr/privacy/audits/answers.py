@@ -16,7 +16,8 @@ __all__ = ["Answers"]
 class Answers:
     """Every answer that the catalog allows, each with the first item that has it, S of them.
 
-    A pass ends with its answer, so answers are told apart by what stands at the pass's last positions.
+    A pass ends with its answer, so answers are told apart by what stands at the pass's last positions. In a list an
+    answer follows the end of a line, which is taken for a part of it: so none is the end of a longer one.
 
     Args:
         attacker: Whose catalog and backbone, which reads text.
@@ -24,6 +25,7 @@ class Answers:
     Attributes:
         items: (S,).
         lengths: (S,) tokens of each answer.
+        is_line: Whether what comes before an answer is predicted too.
     """
 
     def __init__(self, attacker: Attacker) -> None:
@@ -31,8 +33,10 @@ class Answers:
         if not isinstance(backbone, CausalLM):
             raise TypeError(type(backbone).__name__)
         first: dict[tuple[int, ...], int] = {}
+        self.is_line = backbone.template.is_list
+        before = (backbone.answer_end,) if self.is_line else ()
         for number, title in enumerate(attacker.catalog.titles):
-            first.setdefault(backbone.answer_tokens(title), number)
+            first.setdefault((*before, *backbone.answer_tokens(title)), number)
         self.items = torch.tensor(list(first.values()))
         self.lengths = torch.tensor([len(own) for own in first])
         self._rows: list[Sequence[int]] = list(first)

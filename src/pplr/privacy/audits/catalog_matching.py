@@ -64,14 +64,18 @@ class _Grammar:
         template, tokenizer = backbone.template, backbone.tokenizer
         self._from = max(0, len(attacker.prefix) - _LEAD)
         titles = list(dict.fromkeys(shown_title(title) for title in attacker.catalog.titles))
-        after = template.prompt(["x"]).rsplit('"', 1)[1]
         self._trie: _Node = {}
+        self._end = torch.tensor([backbone.end_token])
+        if template.is_list:
+            for title in titles:
+                self._add(backbone.answer_tokens(title))
+            return
+        after = template.prompt(["x"]).rsplit('"', 1)[1]
         firsts, closings = ('"', ' "', ', "', '", "'), (f'"{after}', '", "', '"\n')
         for first, closing in itertools.product(firsts, closings):
             texts = [f"{first}{title}{closing}" for title in titles]
             for row in tokenizer(texts, add_special_tokens=False).input_ids:
                 self._add(row)
-        self._end = torch.tensor([backbone.end_token])
 
     def _add(self, row: Sequence[int]) -> None:
         node = self._trie

@@ -42,7 +42,8 @@ class LabelGradients(Audit):
     has tokens; before an answer there is nothing to predict. Without an output block a position's gradient is that of
     its own token, so the answer is as long as there are gradients, and only such titles are tried. Behind blocks
     attention spreads gradients to earlier positions, so titles of all lengths are tried: first by what norm and head
-    alone send back, and the best of them through the blocks.
+    alone send back, and the best of them through the blocks. In a list the titles before the target are predicted too:
+    there each candidate is compared over its own positions alone, whose gradients follow from nothing before them.
 
     Cites:
         chen2024bisr
@@ -100,6 +101,9 @@ def _titles(own: Observation, attacker: Attacker, answers: Answers) -> Tensor:
         head = backbone.model.lm_head.weight
         expected = F.softmax(logits, dim=-1) @ head.float()  # (W, D)
 
+    def at_own(rows: Tensor) -> Tensor | None:
+        return tokens[rows] >= 0 if answers.is_line else None
+
     def wanted(rows: Tensor) -> Tensor:
         own_tokens = tokens[rows].to(head.device)
         differences = expected - head[own_tokens.clamp(min=0)].float()  # (S, W, D)
@@ -108,17 +112,20 @@ def _titles(own: Observation, attacker: Attacker, answers: Answers) -> Tensor:
     every = torch.arange(len(chosen))
     if blocks > 0 and len(chosen) > _SHORT:
         parts = every.split(max(1, _STATES // len(places)))
-        near = [_cosines(_pulled(left, backbone.final_states, wanted(part)), seen) for part in parts]
+        near = [_cosines(_pulled(left, backbone.final_states, wanted(part)), seen, at_own(part)) for part in parts]
         every = torch.cat(near).topk(_SHORT).indices
     parts = every.split(max(1, _STATES // len(places)))
-    sent = [_cosines(_sent_back(own, places, replica, backbone.final_states, wanted(part)), seen) for part in parts]
+    sent = [
+        _cosines(_sent_back(own, places, replica, backbone.final_states, wanted(part)), seen, at_own(part))
+        for part in parts
+    ]
     return answers.items[chosen[every[torch.cat(sent).argsort(descending=True)]]]
 
 
 def _lengths_that_fit(own: Observation, answers: Answers, *, alone: bool) -> Tensor:
     """Choose titles by the number of positions that have a gradient, where each has its own token's alone."""
     chosen = answers.fitting(own.length)
-    if alone:
+    if alone and not answers.is_line:
         sizes = cast(Tensor, own.gradient).norm(dim=-1)
         begins = int((sizes > _NOTHING * sizes.max()).float().argmax())
         same = chosen[answers.lengths[chosen] == own.length - 1 - begins]
@@ -158,6 +165,9 @@ def _sent_back(
     return torch.cat([_pulled(states, lambda rows: end(replica.leave(rows, past)), part) for part in parts])
 
 
-def _cosines(candidates: Tensor, seen: Tensor) -> Tensor:
-    """Compare gradients over all places at once: (S, W, D), (W, D) -> (S,)."""
-    return F.cosine_similarity(candidates.flatten(1), seen.cpu().flatten()[None], dim=-1)
+def _cosines(candidates: Tensor, seen: Tensor, places: Tensor | None = None) -> Tensor:
+    """Compare gradients, over all places at once or over some: (S, W, D), (W, D), (S, W) -> (S,)."""
+    seen = seen.cpu()[None]
+    if places is not None:
+        candidates, seen = candidates * places[..., None], seen * places[..., None]
+    return F.cosine_similarity(candidates.flatten(1), seen.flatten(1), dim=-1)
