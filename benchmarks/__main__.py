@@ -11,7 +11,8 @@ import sys
 from benchmarks.summary import write_summary
 
 BENCHMARKS = (
-    "training", "clients", "bfloat16", "epoch", "network", "network_memory", "wire", "aggregation", "round_overhead"
+    "training", "clients", "bfloat16", "epoch", "network", "network_memory", "wire", "aggregation", "round_overhead",
+    "evaluating",
 )  # fmt: skip
 
 
