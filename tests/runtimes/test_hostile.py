@@ -614,7 +614,7 @@ case("a hello of a million forms", WRONG, lambda w: w.send("Hello", within(6, b"
 
 # Hello.
 case("another base", WRONG, lambda w: w.hello(base_sha256="0" * 64))
-case("a protocol of the future", WRONG, lambda w: w.hello(version="2"))
+case("a protocol of the future", WRONG, lambda w: w.hello(version=f"{PROTOCOL}1"))
 case("no protocol", WRONG, lambda w: w.hello(version=""))
 case("a model of more blocks", WRONG, lambda w: w.hello(total_layers=5))
 case("a cut that leaves the server nothing", WRONG, lambda w: w.hello(input_layers=2, output_layers=2))
