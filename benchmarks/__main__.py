@@ -30,6 +30,7 @@ BENCHMARKS = (
     "aggregation",
     "round_overhead",
     "sasrec_speed",
+    "evaluating",
     "profiles",
 )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import polars as pl
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -92,6 +93,9 @@ def test_version() -> None:
         ("recommend", "runs/a", "--client", "0", "--user", "1", "--history", "A"),
         ("recommend", "runs/a", "--client", "0", "--history", " ; "),
         ("recommend", "runs/a", "--client", "0", "--user", "1", "--count", "0"),
+        ("recommend", "runs/a", "--client", "0", "--all"),
+        ("recommend", "runs/a", "--client", "0", "--out", "a.csv"),
+        ("recommend", "runs/a", "--all", "--out", "a.csv", "--user", "1"),
     ],
 )
 def test_wrong_usage_ends_with_2(arguments: tuple[str, ...]) -> None:
@@ -330,6 +334,29 @@ def test_recommendations_show_the_history_and_titles_as_they_are(runtime: Simple
     result = run("recommend", "runs/a", "--client", "0", "--history", " A (1999);B; ;")
     assert (asked["user"], asked["history"]) == (None, ["A (1999)", "B"])
     assert result.stdout.splitlines()[:3] == ["history, oldest first:", "  A (1999)", "  B"]
+
+
+def test_lists_of_every_user_are_one_file(runtime: SimpleNamespace, fake_run: Make, tmp_path: Path) -> None:
+    asked: list[Any] = []
+
+    def recommend_all(client: str | None, **options: Any) -> list[Any]:
+        asked.append((client, options["count"]))
+        item = SimpleNamespace(rank=1, item_id="i,7", title='The "Best" One', score=-0.5)
+        return [SimpleNamespace(client="0", user="u1", items=(item,)), SimpleNamespace(client="0", user="u2", items=())]
+
+    runtime.open_run = lambda folder: fake_run(recommend_all=recommend_all)
+    for ending in ("csv", "jsonl", "parquet"):
+        out = tmp_path / f"lists.{ending}"
+        result = run("recommend", "runs/a", "--client", "0", "--all", "--out", str(out), "--count", "3")
+        assert result.exit_code == 0, result.output
+        assert result.stdout == f"written: {out}, 1 items for 2 users\n"
+        read = {"csv": pl.read_csv, "jsonl": pl.read_ndjson, "parquet": pl.read_parquet}[ending](out)
+        assert read.columns == ["client", "user", "rank", "item", "title", "score"]
+        assert [str(cell) for cell in read.row(0)] == ["0", "u1", "1", "i,7", 'The "Best" One', "-0.5"]
+    assert asked == [("0", 3)] * 3
+    wrong = run("recommend", "runs/a", "--all", "--out", str(tmp_path / "lists.txt"))
+    assert one_line(wrong).endswith("Let it end with one of: .csv, .jsonl, .parquet.")
+    assert len(asked) == 3
 
 
 def test_a_user_of_another_client_is_one_line(runtime: SimpleNamespace, fake_run: Make) -> None:

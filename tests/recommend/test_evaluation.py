@@ -171,3 +171,32 @@ def test_bootstrap_says_what_it_cannot_compare():
         paired_bootstrap(a, a, "ndcg@10")
     with pytest.raises(ConfigError, match="samples"):
         paired_bootstrap(a, a, "mrr", samples=0)
+
+
+class _Sized:
+    """Scores by the user's number, tells sizes, and notes its batches."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+
+    def sizes(self, cases):
+        return [len(case.history) for case in cases]
+
+    def scores(self, cases):
+        self.batches.append([case.user for case in cases])
+        return np.array([np.roll(np.arange(6, dtype=np.float32), case.user) for case in cases])
+
+
+def test_cases_of_like_size_share_a_batch_and_keep_their_order():
+    cases = [Case(user, (0,) * length, (user % 6,), ()) for user, length in enumerate((5, 1, 4, 2, 3))]
+    sized = _Sized()
+    found = evaluate(sized, {"a": cases}, [1, 3], 2)
+    assert sized.batches == [[1, 3], [4, 2], [0]]
+    plain = evaluate(_Plain(), {"a": cases}, [1, 3], 2)
+    assert found.users.tolist() == [0, 1, 2, 3, 4]
+    assert found.to_dict() == plain.to_dict()
+
+
+class _Plain:
+    def scores(self, cases):
+        return _Sized().scores(cases)

@@ -176,14 +176,77 @@ def test_a_prompt_alone_is_written_on_as_among_others(llama: Writer, beams: int,
 
 @pytest.mark.parametrize("k", [0, 2])
 def test_bytes_are_those_of_real_tokens(llama: Writer, k: int):
-    """Prompts cross once, whatever the beams, and each new token of each beam once; padding never."""
+    """Prompts cross once, whatever the beams, and each new token of each beam once but the last; padding never."""
     state = 32 * 4
     for beams in (1, 3):
         model = llama.client(CutPlan(k, 1, 4))
         generate(model, llama.prompts, beams=beams, max_new_tokens=NEW, processors=[_Never(256)])
-        prompts = sum(len(prompt) - 1 for prompt in llama.prompts)
-        crossed = (prompts + 2 * beams * NEW) * state
+        prompts = sum(len(prompt) for prompt in llama.prompts)
+        crossed = (prompts + 2 * beams * (NEW - 1)) * state
         assert (model.traffic.bytes_up, model.traffic.bytes_down) == (crossed, crossed)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def alike(request: pytest.FixtureRequest) -> Writer:
+    """Prompts that begin with the same seven tokens, the last one with nothing but these and one more."""
+    backbone = tiny_backbone(request.param, **FAMILIES[request.param])
+    state = random_adapter(CutModel(backbone, CUTS[-1], ADAPTER, TrainingConfig()).shapes)
+    start, *rest = _drawn(7, 6, 2, 9, 1)
+    prompts = [start + own for own in rest]
+    return Writer(backbone, state, peft_model(backbone, ADAPTER, state), prompts)
+
+
+@pytest.mark.parametrize("plan", [CutPlan(0, 0, 4), CutPlan(1, 1, 4), CUTS[-1]], ids=["k0-m0", "k1-m1", "uncut"])
+def test_what_prompts_begin_with_alike_is_run_once(alike: Writer, plan: CutPlan):
+    expected = alike.write(beams=3, returned=3)
+    model = alike.client(plan)
+    own = generate(model, alike.prompts, beams=3, max_new_tokens=NEW, returned=3)
+    assert _same_tokens(own.sequences, expected.sequences)
+    torch.testing.assert_close(own.scores, expected.sequences_scores, rtol=1e-4, atol=1e-4)
+    if model.transport is not None and alike.backbone.takes_masks:
+        before = model.traffic.bytes_up
+        generate(model, alike.prompts, max_new_tokens=1)
+        assert model.traffic.bytes_up - before == (7 + 6 + 2 + 9 + 1) * 32 * 4
+
+
+def test_only_families_that_look_back_a_limited_way_have_a_row_for_each_beam():
+    packed = {family: tiny_backbone(family, **options).takes_masks for family, options in FAMILIES.items()}
+    assert packed == {"llama": True, "mistral": False, "qwen2": False, "qwen3": True}
+
+
+class _Ending:
+    """Has user u end after u tokens, and hears who goes on."""
+
+    def __init__(self, users: int, beams: int, length: int) -> None:
+        self.users, self.beams, self.length = list(range(users)), beams, length
+        self.rows: list[int] = []
+
+    def keep(self, users: Tensor) -> None:
+        self.users = [self.users[user] for user in users.tolist()]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.rows.append(len(input_ids))
+        scores, each = scores.clone(), len(input_ids) // len(self.users)
+        for row in range(len(input_ids)):
+            ends = input_ids.shape[1] - self.length >= self.users[row // each]
+            scores[row] = torch.full_like(scores[row], -torch.inf) if ends else scores[row]
+            scores[row, 256] = 0.0 if ends else -torch.inf
+        return scores
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_whoever_is_done_leaves_the_batch(llama: Writer, beams: int):
+    prompts = _drawn(8, 3, 12, 5)
+    model = llama.client(CutPlan(1, 1, 4))
+    ending = _Ending(4, beams, 12)
+    together = generate(model, prompts, beams=beams, max_new_tokens=NEW, processors=[ending])
+    for user, prompt in enumerate(prompts):
+        one = _Ending(1, beams, len(prompt))
+        one.users = [user]
+        alone = generate(model, [prompt], beams=beams, max_new_tokens=NEW, processors=[one])
+        assert _same_tokens(alone.sequences[:, len(prompt) :], together.sequences[user : user + 1, 12:])
+        assert together.sequences[user, 12:].tolist().index(256) == user
+    assert ending.rows == [4, *(beams * users for users in (3, 2, 1))]
 
 
 class _Never:

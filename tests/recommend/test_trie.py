@@ -81,6 +81,24 @@ def test_the_constraint_equals_plain_python_for_every_user(token_ids, data):
         assert torch.equal(masked[row, expected], scores[row, expected])
 
 
+@settings(max_examples=100)
+@given(titles_of_few_tokens, st.data())
+def test_users_who_go_on_are_told_what_they_would_be_told_alone(token_ids, data):
+    """One user leaves after another, and before the beams part there is one row for each."""
+    trie, users = TitleTrie(token_ids, END), data.draw(st.integers(1, 5))
+    items = st.integers(0, len(token_ids) - 1)
+    exclude = [data.draw(st.lists(items, max_size=2 * len(token_ids))) for _ in range(users)]
+    constraint, left = TrieConstraint(trie, 0, 2, exclude), list(range(users))
+    for beams in (1, 2, 2):
+        keep = sorted(data.draw(st.sets(st.integers(0, len(left) - 1), min_size=1)))
+        constraint.keep(torch.tensor(keep))
+        left = [left[place] for place in keep]
+        prefixes = torch.tensor([data.draw(st.sampled_from(token_ids))[:1] for _ in range(len(left) * beams)])
+        scores = torch.randn(len(prefixes), 9)
+        alone = TrieConstraint(trie, 0, beams, [exclude[user] for user in left])
+        assert torch.equal(constraint(prefixes, scores), alone(prefixes, scores))
+
+
 def test_rows_vocabulary_and_items_must_fit():
     trie = TitleTrie([[5], [6]], END)
     with pytest.raises(DataError, match="3 rows"):

@@ -25,8 +25,10 @@ from pplr.runtimes import stage_pb2 as pb
 from pplr.runtimes.codec import (
     Limits,
     Wire,
+    decode_sees,
     decode_states,
     decode_tensors,
+    encode_sees,
     encode_states,
     encode_tensors,
     left_mask,
@@ -460,6 +462,21 @@ def test_finite_is_enough_where_no_norm_is_given():
     assert torch.equal(take(encode_tensors(huge), max_norm=None)["a"], huge["a"])
     with refuses(WireError, "not finite"):
         take(encode_tensors({"a": torch.tensor([math.inf])}), max_norm=None)
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 9), st.randoms(use_true_random=False))
+def test_masks_come_back_bit_by_bit(rows: int, tokens: int, before: int, draw: random.Random):
+    mask = torch.tensor([draw.random() < 0.5 for _ in range(rows * tokens * (before + tokens))])
+    mask = mask.view(rows, tokens, before + tokens)
+    mask[:, range(tokens), range(before, before + tokens)] = True
+    content = encode_sees(mask)
+    assert torch.equal(decode_sees(content, rows, tokens, before + tokens), mask)
+    with pytest.raises(WireError, match="a mask"):
+        decode_sees(content + b"\0", rows, tokens, before + tokens)
+    row, token = draw.randrange(rows), draw.randrange(tokens)
+    mask[row, token, before + token] = False
+    with pytest.raises(WireError, match="does not see itself"):
+        decode_sees(encode_sees(mask), rows, tokens, before + tokens)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 3), st.data())

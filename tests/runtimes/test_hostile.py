@@ -569,6 +569,17 @@ case("more rows than the cache", WRONG, lambda w: w.decode(states((1, 1, 1), lef
 case("padding within a row of the cache", WRONG, lambda w: w.decode(
     states((2, 1), left=True), total_tokens=6, total_lengths=[6, 4]
 ))  # fmt: skip
+case("a mask of too few bits", WRONG, lambda w: w.decode(states((1, 1), left=True), total_lengths=[], sees=b"\xff"))
+case("a mask of too many bits", WRONG, lambda w: w.decode(
+    states((1, 1), left=True), total_lengths=[], sees=b"\xff" * 3
+))  # fmt: skip
+case("a mask by which a token sees nothing", WRONG, lambda w: w.decode(
+    states((1, 1), left=True), total_lengths=[], sees=b"\x00\x00"
+))  # fmt: skip
+case("a mask and lengths", WRONG, lambda w: w.decode(states((1, 1), left=True), sees=b"\xff\xc0"))
+case("a mask of the billion", WRONG, lambda w: w.decode(
+    states((1, 1), left=True), total_lengths=[], total_tokens=HUGE, sees=b"\xff"
+))  # fmt: skip
 case("to close a cache that never was", STATE, lambda w: w.send(
     "CloseCache", pb.CacheRequest(header=w.head(), cache=2**63)
 ))  # fmt: skip
@@ -603,7 +614,7 @@ case("a hello of a million forms", WRONG, lambda w: w.send("Hello", within(6, b"
 
 # Hello.
 case("another base", WRONG, lambda w: w.hello(base_sha256="0" * 64))
-case("a protocol of the future", WRONG, lambda w: w.hello(version="2"))
+case("a protocol of the future", WRONG, lambda w: w.hello(version=f"{PROTOCOL}1"))
 case("no protocol", WRONG, lambda w: w.hello(version=""))
 case("a model of more blocks", WRONG, lambda w: w.hello(total_layers=5))
 case("a cut that leaves the server nothing", WRONG, lambda w: w.hello(input_layers=2, output_layers=2))

@@ -32,6 +32,25 @@ def test_a_user_is_recommended_what_is_new_to_them(run):
     assert isinstance(found[0], Recommendation)
 
 
+def test_lists_of_every_user_are_those_of_each_alone(run):
+    data = run.assembly().data
+    lists = run.recommend_all(count=4)
+    assert [own.user for own in run.recommend_all("1", count=4)] == [own.user for own in lists if own.client == "1"]
+    assert sorted(own.user for own in lists) == sorted(data.dataset.user_ids)
+    for own in lists:
+        assert own.client == data.client_of(data.dataset.user(own.user))
+        alone = run.recommend(user=own.user, count=4)
+        assert [item.item_id for item in own.items] == [item.item_id for item in alone]
+        assert [item.score for item in own.items] == pytest.approx([item.score for item in alone], rel=1e-4)
+
+
+def test_every_user_cannot_be_asked_of_a_client_that_is_not_there(run):
+    with pytest.raises(PartitionError, match="no client '9'"):
+        run.recommend_all("9")
+    with pytest.raises(ConfigError, match="0 items"):
+        run.recommend_all(count=0)
+
+
 def test_a_user_is_served_by_the_own_client(run):
     assembly = run.assembly()
     own = assembly.data.client_of(assembly.data.dataset.user("u4"))

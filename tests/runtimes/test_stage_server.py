@@ -288,6 +288,18 @@ def test_an_optimizer_state_that_makes_no_sense_is_refused(federation, serve, sp
     assert all(torch.equal(kept[name], after[name]) for name in kept)
 
 
+def test_a_cache_with_masks_of_its_own_takes_no_other(federation, serve) -> None:
+    one = connect(serve(), federation / "one")
+    cache = one.open_cache()
+    one.decode(drawn(1, 3), StageCall(attention_mask=torch.ones(1, 3, dtype=torch.long)), cache)
+    sees = torch.tensor([[[True, False, True, True, False], [True, True, False, False, True]]])
+    one.decode(drawn(1, 2), StageCall(attention_mask=sees[:, None], lengths=torch.tensor([2])), cache)
+    with refuses(TransportError, "refused Decode"):
+        one.decode(drawn(1, 1), StageCall(attention_mask=torch.ones(1, 6, dtype=torch.long)), cache)
+    with refuses(TransportError, "without an attention mask"):
+        one.decode(drawn(1, 1), StageCall(), cache)
+
+
 def test_rows_and_lengths_that_do_not_meet_the_cache_are_refused(federation, serve) -> None:
     one = connect(serve(), federation / "one")
     cache = one.open_cache()
@@ -304,10 +316,14 @@ def test_rows_and_lengths_that_do_not_meet_the_cache_are_refused(federation, ser
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("prompts", [[[5], [5, 6, 7, 8]], [[5, 6, 7, 8], [9]], [[5], [7]], [[5]]])
-def test_prompts_of_one_token_are_written_on_as_in_one_process(federation, serve, prompts, beams) -> None:
-    """A row that is only padding so far, beside one that is not, changes no bit of either."""
-    backbone = tiny_backbone()
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize(
+    "prompts",
+    [[[5], [5, 6, 7, 8]], [[5, 6, 7, 8], [9]], [[5], [7]], [[5]], [[1, 2, 3, 9], [1, 2, 3, 4, 5, 6], [1, 2, 8]]],
+)
+def test_prompts_are_written_on_as_in_one_process(federation, serve, prompts, beams, family) -> None:
+    """A row that is only padding so far, or that begins as others do, changes no bit of them."""
+    backbone = tiny_backbone(family, **({} if family == "llama" else {"sliding_window": 4}))
     server = serve(backbone)
     local = CutModel(backbone, PLAN, ADAPTER, TRAINING)
     remote = CutModel(

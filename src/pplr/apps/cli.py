@@ -190,16 +190,29 @@ def recommend(
     history: Annotated[
         str | None, typer.Option(metavar='"A; B; C"', help="Titles instead of a user, oldest first.")
     ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every user of that client, or of all clients, into the file --out.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --all: a .csv, .jsonl or .parquet file.")
+    ] = None,
     count: Annotated[int, typer.Option(min=1, help="How many items.")] = 10,
     stage_server: StageServer = None,
     kit: KitPath = None,
 ) -> None:
-    """Recommend items to a user, or to whoever has taken the titles given."""
+    """Recommend items to a user, to whoever has taken the titles given, or to every user."""
+    if every != (out is not None):
+        raise typer.BadParameter("give both --all and --out, or neither")
+    if out is not None:
+        if user is not None or history is not None:
+            raise typer.BadParameter("--all takes no --user and no --history")
+        _recommend_all(run_dir, client, out, count, stage_server, kit)
+        return
     from pplr.apps.tables import Table, figure
     from pplr.apps.terminal import Screen, TerminalProgress
 
     if (user is None) == (history is None):
-        raise typer.BadParameter("give one of --user and --history")
+        raise typer.BadParameter("give one of --user, --history and --all")
     titles = [title.strip() for title in (history or "").split(";") if title.strip()]
     if user is None and not titles:
         raise typer.BadParameter("it holds no title", param_hint="--history")
@@ -216,9 +229,9 @@ def recommend(
         )
         heading = "history, oldest first"
         if user is not None:
-            every = run.history_titles(user)
-            titles = every[-run.config.data.history_items :]
-            shown = f"the newest {len(titles)} of {len(every)}, " if len(titles) < len(every) else ""
+            taken = run.history_titles(user)
+            titles = taken[-run.config.data.history_items :]
+            shown = f"the newest {len(titles)} of {len(taken)}, " if len(titles) < len(taken) else ""
             heading = f"history of user {user}, {shown}oldest first"
     screen.line(f"{heading}:", style="bold")
     for title in titles:
@@ -226,6 +239,22 @@ def recommend(
     screen.line()
     rows = [(figure(own.rank), own.title, figure(own.score), own.item_id) for own in found]
     screen.table(Table(("rank", "title", "score", "item"), rows, texts=("title", "item")))
+
+
+def _recommend_all(
+    run_dir: Path, client: str | None, out: Path, count: int, stage_server: str | None, kit: Path | None
+) -> None:
+    from pplr.apps.lists import check_format, write_lists
+    from pplr.apps.terminal import Screen, TerminalProgress
+
+    check_format(out)
+    screen, server = Screen(), stage_server_at(stage_server, kit)
+    with screen.busy("loading libraries"):
+        from pplr.runtimes.run import open_run
+    with closing(open_run(run_dir, server)) as run:
+        lists = run.recommend_all(client, count=count, progress=TerminalProgress(screen))
+    rows = write_lists(lists, out)
+    screen.line(f"written: {out}, {rows} items for {len(lists)} users")
 
 
 @app.command()

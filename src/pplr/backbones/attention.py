@@ -83,8 +83,9 @@ def _attention(
         return _alone(module, query, key, value, attention_mask, **options), None
     masks = attention_mask or [None] * len(parts)
     found = []
-    for mask, *own in zip(masks, *(_apart(states, parts) for states in (query, key, value)), strict=True):
-        states = _alone(module, *own, mask, **options)
+    apart = (_apart(states, parts) for states in (query, key, value))
+    for mask, q, k, v in zip(masks, *apart, strict=True):
+        states = _alone(module, q, k, v, mask, **options)
         found.append(states.flatten(0, 1))  # (B_i, T_i, heads, D_head) -> (B_i T_i, heads, D_head)
     return torch.cat(found).unsqueeze(0), None
 

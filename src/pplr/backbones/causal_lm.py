@@ -234,6 +234,12 @@ class CausalLM(Backbone):
         """Make an empty cache of the span's own layer types."""
         return DynamicCache(config=cast(DecoderBlocks, blocks).config)
 
+    @property
+    def takes_masks(self) -> bool:
+        """Whether a mask alone says what a token sees: blocks look back without a limit, and take any mask."""
+        config = self.model.config
+        return config._attn_implementation == "sdpa" and not any(DynamicCache(config=config).is_sliding)
+
     # -- text to tokens ---------------------------------------------------------------------------------------
 
     def prompt_tokens(self, titles: Sequence[str], reserve: int) -> tuple[int, ...]:

@@ -14,7 +14,16 @@ from pplr.errors import ConfigError, DataError, nearest
 from pplr.recommend.metrics import batch_ranks, ranking_metrics, spread, summarise
 from pplr.seeds import generator
 
-__all__ = ["Evaluation", "Ranker", "evaluate", "merge", "metric_value", "paired_bootstrap"]
+__all__ = [
+    "Evaluation",
+    "Ranker",
+    "SizedRanker",
+    "evaluate",
+    "in_batches",
+    "merge",
+    "metric_value",
+    "paired_bootstrap",
+]
 
 
 @runtime_checkable
@@ -24,6 +33,24 @@ class Ranker(Protocol):
     def scores(self, cases: Sequence[Case]) -> NDArray[np.float32]:
         """Score every item for every case: (B, N), higher is better, seen items not yet masked."""
         ...
+
+
+@runtime_checkable
+class SizedRanker(Ranker, Protocol):
+    """A ranker that pads the cases of a batch to the longest, and does best where they are alike."""
+
+    def sizes(self, cases: Sequence[Case]) -> Sequence[int]:
+        """Tell how long each case is."""
+        ...
+
+
+def in_batches(ranker: Ranker, cases: Sequence[Case], batch_size: int) -> list[list[int]]:
+    """Share cases out among batches, by their places: cases of like size together where the ranker knows sizes."""
+    order = list(range(len(cases)))
+    if isinstance(ranker, SizedRanker):
+        sizes = ranker.sizes(cases)
+        order.sort(key=lambda place: sizes[place])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,14 +166,16 @@ def evaluate(
     rows: list[list[float]] = []
     for client, own in cases.items():
         ranker = _ranker_of(rankers, client)
-        for start in range(0, len(own), batch_size):
-            batch = own[start : start + batch_size]
-            for case, ranks in zip(batch, batch_ranks(ranker.scores(batch), batch), strict=True):
-                users.append(case.user)
-                client_of.append(client)
-                rows.append(list(ranking_metrics(ranks, cutoffs).values()))
+        found: dict[int, list[float]] = {}
+        for places in in_batches(ranker, own, batch_size):
+            batch = [own[place] for place in places]
+            for place, ranks in zip(places, batch_ranks(ranker.scores(batch), batch), strict=True):
+                found[place] = list(ranking_metrics(ranks, cutoffs).values())
             if progress is not None:
                 progress(len(batch))
+        users += [case.user for case in own]
+        client_of += [client] * len(own)
+        rows += [found[place] for place in range(len(own))]
     table = np.array(rows, dtype=np.float64).reshape(len(rows), len(metrics))
     columns = {metric: table[:, place] for place, metric in enumerate(metrics)}
     return Evaluation(np.array(users, dtype=np.int64), tuple(client_of), columns, tuple(cases))

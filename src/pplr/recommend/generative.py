@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from pplr.backbones.causal_lm import CausalLM
@@ -22,7 +22,7 @@ from pplr.recommend.generation import generate
 from pplr.recommend.grounding import l2_scores, trie_scores
 from pplr.recommend.trie import TitleTrie, TrieConstraint, generated_titles
 from pplr.stages.model import ClientModel
-from pplr.storage import cache_dir, sha256_bytes, write_atomic
+from pplr.storage import cache_dir, sha256_bytes, sha256_file, write_atomic
 
 __all__ = ["GenerativeRanker", "TitleSpace", "embed_texts", "read_texts"]
 
@@ -132,14 +132,17 @@ def _cached(path: Path, make: Callable[[], Tensor]) -> Tensor:
 
 
 def _read(path: Path) -> Tensor | None:
-    """Read cached embeddings; absent is ``None``, damaged is an error."""
+    """Map cached embeddings into memory; absent is ``None``, damaged is an error.
+
+    The file is hashed a piece at a time before it is mapped, so its bytes are read once from the disk and never copied.
+    """
     if not path.exists():
         return None
     try:
-        content = path.read_bytes()
         expected = path.with_suffix(".sha256").read_text(encoding="ascii")
-        if sha256_bytes(content) == expected:
-            return load(content)["embeddings"]
+        if sha256_file(path) == expected:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor("embeddings")
     except (OSError, SafetensorError, KeyError, UnicodeDecodeError):
         pass
     raise StorageError(
@@ -175,22 +178,24 @@ class GenerativeRanker:
 
     def scores(self, cases: Sequence[Case]) -> NDArray[np.float32]:
         """Score every item for every case: (B, N), higher is better."""
-        titles = self._space.catalog.titles
-        prompts = [
-            self._backbone.prompt_tokens([titles[item] for item in case.history[-self._history_items :]], self._longest)
-            for case in cases
-        ]
+        prompts = self._prompts(cases)
         scored = self._by_trie(cases, prompts) if self._trie is not None else self._by_distance(prompts)
         return scored.numpy()
 
     def write(self, cases: Sequence[Case]) -> list[str]:
         """Return the text of the best beam for each case, as it would be grounded."""
+        return self._texts(self._prompts(cases))
+
+    def sizes(self, cases: Sequence[Case]) -> list[int]:
+        """Count the tokens of each case's prompt."""
+        return [len(prompt) for prompt in self._prompts(cases)]
+
+    def _prompts(self, cases: Sequence[Case]) -> list[tuple[int, ...]]:
         titles = self._space.catalog.titles
-        prompts = [
-            self._backbone.prompt_tokens([titles[i] for i in case.history[-self._history_items :]], self._longest)
+        return [
+            self._backbone.prompt_tokens([titles[item] for item in case.history[-self._history_items :]], self._longest)
             for case in cases
         ]
-        return self._texts(prompts)
 
     def _texts(self, prompts: Sequence[tuple[int, ...]]) -> list[str]:
         written = generate(

@@ -170,8 +170,9 @@ class TitleTrie:
 class _Closed:
     """What each user of a batch may no longer be told."""
 
-    def __init__(self, trie: TitleTrie, exclude: Sequence[Sequence[int]], beams: int) -> None:
-        self._beams, self._nodes = beams, len(trie._parents)
+    def __init__(self, trie: TitleTrie, exclude: Sequence[Sequence[int]]) -> None:
+        self.users, self._nodes = np.arange(len(exclude)), len(trie._parents)
+        self.beams = 1
         found = [trie._closed_by(items) for items in exclude]
         none = [np.zeros(0, dtype=np.int64)]
         self._below = np.concatenate([nodes + user * self._nodes for user, (nodes, _) in enumerate(found)] or none)
@@ -179,7 +180,7 @@ class _Closed:
 
     def holds(self, rows: NDArray[np.int64], nodes: NDArray[np.int64], *, as_title: bool = False) -> NDArray[np.bool_]:
         """Say for each row whether its user's node is closed, with all below it or (as a title) alone."""
-        keys, wanted = (self._at if as_title else self._below), rows // self._beams * self._nodes + nodes
+        keys, wanted = (self._at if as_title else self._below), self.users[rows // self.beams] * self._nodes + nodes
         if not keys.size:
             return np.zeros(len(rows), dtype=np.bool_)
         return keys[np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)] == wanted
@@ -195,7 +196,7 @@ class TrieConstraint(LogitsProcessor):
     Args:
         trie: The catalog's titles.
         prompt_length: Tokens of the padded prompt, after which the title begins.
-        num_beams: Rows of each user, which follow one another.
+        num_beams: Rows of each user, which follow one another; or 1 before the beams part.
         exclude: For each user of the batch, items not to be told again (the history). A title is left out when all
             its items are among them, and stays when another item shares it.
 
@@ -206,17 +207,24 @@ class TrieConstraint(LogitsProcessor):
     def __init__(
         self, trie: TitleTrie, prompt_length: int, num_beams: int = 1, exclude: Sequence[Sequence[int]] | None = None
     ) -> None:
-        self._trie, self._prompt_length = trie, prompt_length
-        self._rows = None if exclude is None else len(exclude) * num_beams
-        self._closed = None if exclude is None else _Closed(trie, exclude, num_beams)
+        self._trie, self._prompt_length, self._num_beams = trie, prompt_length, num_beams
+        self._closed = None if exclude is None else _Closed(trie, exclude)
+
+    def keep(self, users: Tensor) -> None:
+        """Go on with these of the users so far, by their numbers among them."""
+        if self._closed is not None:
+            self._closed.users = self._closed.users[users.cpu().numpy()]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Mask (R, V) scores after (R, T) tokens, of which the prompt is the first part."""
-        if self._rows is not None and self._rows != len(input_ids):
-            raise DataError(
-                f"{len(input_ids)} rows are generated, and items are excluded for {self._rows}",
-                cure="Give exclude one entry for each user, and num_beams as generate gets it.",
-            )
+        if self._closed is not None:
+            users = len(self._closed.users)
+            if len(input_ids) not in (users, users * self._num_beams):
+                raise DataError(
+                    f"{len(input_ids)} rows are generated, and items are excluded for {users * self._num_beams}",
+                    cure="Give exclude one entry for each user, and num_beams as generate gets it.",
+                )
+            self._closed.beams = len(input_ids) // users
         if self._trie.largest_token >= scores.shape[-1]:
             raise DataError(
                 f"the titles need token {self._trie.largest_token} of a vocabulary of {scores.shape[-1]}",

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,8 +22,10 @@ from pplr.runtimes import stage_pb2 as pb
 __all__ = [
     "Limits",
     "Wire",
+    "decode_sees",
     "decode_states",
     "decode_tensors",
+    "encode_sees",
     "encode_states",
     "encode_tensors",
     "left_mask",
@@ -250,6 +253,31 @@ def lengths_of_left_mask(mask: Tensor) -> Tensor:
     grows = (real[:, 1:] | ~real[:, :-1]).all() & (real | (mask == 0)).all()
     _check(bool(grows), "a mask with a row that is not 0 for padding and then 1", "Pad on the left only.")
     return real.sum(dim=1)
+
+
+def encode_sees(mask: Tensor) -> bytes:
+    """Write which tokens each new token sees: (B, T_new, T) booleans, a bit each, the last byte filled up by zeros."""
+    return np.packbits(mask.cpu().numpy()).tobytes()
+
+
+def decode_sees(content: bytes, rows: int, tokens: int, total_tokens: int) -> Tensor:
+    """Read what :func:`encode_sees` wrote: (rows, tokens, total_tokens).
+
+    Every new token must see itself, so that none is left without anything to attend to.
+
+    Example:
+        >>> mask = torch.tensor([[[True, True, False], [True, False, True]]])
+        >>> bool((decode_sees(encode_sees(mask), 1, 2, 3) == mask).all())
+        True
+    """
+    bits = rows * tokens * total_tokens
+    _check(0 < tokens <= total_tokens and rows > 0, f"a mask for {tokens} of {total_tokens} tokens", _SAME)
+    _check_size(len(content), -(-bits // 8), "a mask")
+    mask = torch.from_numpy(np.unpackbits(np.frombuffer(content, np.uint8), count=bits)).bool()
+    mask = mask.view(rows, tokens, total_tokens)
+    itself = mask[:, :, -tokens:].diagonal(dim1=1, dim2=2)
+    _check(bool(itself.all()), "a mask by which a token does not see itself", _SAME)
+    return mask
 
 
 def positions_of(mask: Tensor, tokens: int) -> Tensor:

@@ -4,43 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from pplr.config import Config
 from pplr.config_files import load_config
 from pplr.errors import ConfigError, DataError, PartitionError, RunError, nearest
 from pplr.progress import Progress, Silent
 from pplr.runtimes.address import StageServerAt
+from pplr.runtimes.recommending import Recommendation, UserList, best_items, recommend_all
 
 if TYPE_CHECKING:
     from pplr.recommend.evaluation import Evaluation
     from pplr.runtimes.assembly import Assembly
 
-__all__ = ["OWN", "Recommendation", "Run", "open_run"]
+__all__ = ["OWN", "Recommendation", "Run", "UserList", "open_run"]
 
 OWN = "client.json"
 """In the run folder of one client of a federation: whose it is, and whether a stage server hosts its middle blocks."""
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """One recommended item.
-
-    Args:
-        rank: From 1.
-        item_id: The item's id.
-        title: Its title.
-        score: Higher is better; comparable within one list only.
-    """
-
-    rank: int
-    item_id: str
-    title: str
-    score: float
 
 
 class Run:
@@ -208,15 +189,29 @@ class Run:
         newest = tuple(items[-self.config.data.history_items :])
         reader = parts.admit(client, adapter, "recommend")
         try:
-            scores = parts.ranker(reader).scores([Case(number, newest, (), seen)])[0].astype(np.float64)
+            scores = parts.ranker(reader).scores([Case(number, newest, (), seen)])[0]
         finally:
             parts.dismiss(client, "recommend")
-        scores[list(seen)] = -np.inf
-        order = np.argsort(-scores, kind="stable")[:count]
-        return [
-            Recommendation(rank, catalog.item_ids[item], catalog.titles[item], float(scores[item]))
-            for rank, item in enumerate((int(i) for i in order if np.isfinite(scores[i])), start=1)
-        ]
+        return list(best_items(scores, seen, count, catalog))
+
+    def recommend_all(
+        self, client: str | None = None, *, count: int = 10, progress: Progress | None = None
+    ) -> list[UserList]:
+        """Recommend items to every user that has a history, by the adapter of the user's own client.
+
+        Args:
+            client: Only this client's users; all clients' when absent.
+            count: Most items for each user.
+            progress: Told of every step.
+
+        Returns:
+            What :meth:`recommend` says for each user, client by client.
+
+        Raises:
+            PartitionError: There is no such client.
+            RunError: The run is not finished.
+        """
+        return recommend_all(self, client, count, progress or Silent())
 
     def evaluate(self, progress: Progress | None = None) -> dict[str, Any]:
         """Measure the saved adapters again, on the run's test cases, and write ``metrics.json``."""

@@ -301,12 +301,14 @@ class SessionCalls:
             held = tuple(held[row] for row in request.rows)
         elif not held:
             held = (0,) * states.shape[0]
-        tokens = states.shape[1]
+        tokens, sees = states.shape[1], len(request.sees) > 0
         total = tuple(h + n for h, n in zip(held, new.tolist(), strict=False))
         gaps = any(h > 0 and n < tokens for h, n in zip(held, new.tolist(), strict=False))
         padded = request.states.padded_left or all(n == tokens for n in new.tolist())
-        told = len(request.total_lengths) == len(held) and total == tuple(request.total_lengths)
-        if len(held) != states.shape[0] or gaps or not padded or not told or (
+        meets = len(request.total_lengths) == len(held) and total == tuple(request.total_lengths)
+        if sees:  # the mask says it all
+            gaps, meets = False, not request.total_lengths
+        if len(held) != states.shape[0] or gaps or not padded or not meets or (cache.told and not sees) or (
             request.total_tokens != cache.tokens + tokens
         ):  # fmt: skip
             _refuse("rows or lengths that do not meet the cache", "Say what the cache holds, padded on the left.")
@@ -322,10 +324,7 @@ class SessionCalls:
             if own is not cache
         )
         _check_tokens(open_tokens + request.total_tokens * len(held), self._limits.max_cache_tokens, "are in caches")
-        mask = codec.left_mask(
-            request.total_tokens, total, max_rows=self._limits.max_rows, max_tokens=self._limits.max_tokens
-        ).to(states.device)
-        call = StageCall(attention_mask=mask, position_ids=codec.positions_of(mask, tokens))
+        call = self._decode_call(request, total, tokens)
         try:
             if request.rows:
                 rows = torch.tensor(list(request.rows), dtype=torch.long, device=states.device)
@@ -337,8 +336,18 @@ class SessionCalls:
         except Exception:
             session.close_cache(request.cache)  # it may be half extended
             raise
-        session.caches[request.cache] = CacheState(request.total_tokens, total)
+        session.caches[request.cache] = CacheState(request.total_tokens, total, sees or cache.told)
         return reply
+
+    def _decode_call(self, request: Any, total: tuple[int, ...], tokens: int) -> StageCall:
+        """Make the mask and the positions of new tokens from what a request says of them."""
+        device = self._backbone.device
+        if request.sees:
+            sees = codec.decode_sees(request.sees, len(total), tokens, request.total_tokens).to(device)
+            return StageCall(attention_mask=sees[:, None], position_ids=sees.sum(dim=2) - 1)
+        most_rows, most = self._limits.max_rows, self._limits.max_tokens
+        mask = codec.left_mask(request.total_tokens, total, max_rows=most_rows, max_tokens=most).to(device)
+        return StageCall(attention_mask=mask, position_ids=codec.positions_of(mask, tokens))
 
     def _close_cache(self, session: Session, request: Any) -> Any:
         session.close_cache(request.cache)

@@ -213,18 +213,20 @@ class GrpcTransport:
         """Run the middle stage and extend a cache: (B, T, D) -> (B, T, D); padding comes back as zeros."""
         self._check_open(cache)
         tokens = hidden_states.shape[1]
-        mask = call.attention_mask
+        mask, new = call.attention_mask, call.new_lengths(tokens)
         if mask is None:
             raise TransportError("decoding without an attention mask", cure="Give the mask of the whole sequence.")
-        total = codec.lengths_of_left_mask(mask)
-        states = self._send(hidden_states, mask[:, -tokens:].sum(1), padded_left=True)
+        told = mask.dim() == 4
+        total = () if told else codec.lengths_of_left_mask(mask).tolist()
+        states = self._send(hidden_states, new, padded_left=True)
         request = pb.DecodeRequest(
             header=self._header(),
             cache=cache,
             states=states,
-            total_tokens=mask.shape[1],
-            total_lengths=total.tolist(),
+            total_tokens=mask.shape[-1],
+            total_lengths=total,
             rows=self._rows[cache] or (),
+            sees=codec.encode_sees(mask[:, 0]) if told else b"",
         )
         reply = self._exchange("Decode", request, pb.StatesReply)
         self._rows[cache] = None

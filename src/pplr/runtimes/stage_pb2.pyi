@@ -212,20 +212,22 @@ class CacheReply(_message.Message):
     def __init__(self, cache: _Optional[int] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("header", "cache", "states", "total_tokens", "total_lengths", "rows")
+    __slots__ = ("header", "cache", "states", "total_tokens", "total_lengths", "rows", "sees")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
     STATES_FIELD_NUMBER: _ClassVar[int]
     TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_LENGTHS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
+    SEES_FIELD_NUMBER: _ClassVar[int]
     header: Header
     cache: int
     states: States
     total_tokens: int
     total_lengths: _containers.RepeatedScalarFieldContainer[int]
     rows: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., cache: _Optional[int] = ..., states: _Optional[_Union[States, _Mapping]] = ..., total_tokens: _Optional[int] = ..., total_lengths: _Optional[_Iterable[int]] = ..., rows: _Optional[_Iterable[int]] = ...) -> None: ...
+    sees: bytes
+    def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., cache: _Optional[int] = ..., states: _Optional[_Union[States, _Mapping]] = ..., total_tokens: _Optional[int] = ..., total_lengths: _Optional[_Iterable[int]] = ..., rows: _Optional[_Iterable[int]] = ..., sees: _Optional[bytes] = ...) -> None: ...
 
 class TensorsRequest(_message.Message):
     __slots__ = ("header", "tensors")

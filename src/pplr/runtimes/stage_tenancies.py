@@ -122,10 +122,11 @@ class Offer:
 
 @dataclass
 class CacheState:
-    """What an open cache holds: tokens with padding, and real ones of each row."""
+    """What an open cache holds: tokens with padding, real ones of each row, and whether masks were told for it."""
 
     tokens: int = 0
     lengths: tuple[int, ...] = ()
+    told: bool = False
 
 
 @dataclass

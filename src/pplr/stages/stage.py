@@ -15,7 +15,7 @@ from pplr.backbones.attention import Part, batches
 from pplr.backbones.base import Backbone, End
 from pplr.backbones.slots import AdapterSlots, Slots, Tenant, make_slots
 from pplr.config import AdapterConfig, TrainingConfig
-from pplr.errors import BackboneError
+from pplr.errors import BackboneError, TransportError
 from pplr.stages.optimizer import StageOptimizer
 
 __all__ = ["Member", "Stage", "StageCall"]
@@ -26,11 +26,13 @@ class StageCall:
     """How a stage is to be run, apart from its hidden states.
 
     Args:
-        attention_mask: (B, T_past + T), 0 where a token is padding; absent when padding is on the right only.
+        attention_mask: (B, T_past + T), 0 where a token is padding; absent when padding is on the right only. Or
+            (B, 1, T, T_past + T), whether each of T new tokens sees each token.
         position_ids: (B, T); absent counts from 0.
         dropout_seed: Seed of this pass's dropout masks; absent is evaluation.
         adapter: Whether the adapter takes part; without it the stage is the base model's.
-        lengths: (B,) real tokens of each row, which blocks that look ahead must know; what follows is padding.
+        lengths: (B,) real tokens of each row, which blocks that look ahead must know; what follows is padding. With a
+            mask for each new token: the real ones of them; what comes before is padding.
     """
 
     attention_mask: Tensor | None = None
@@ -38,6 +40,19 @@ class StageCall:
     dropout_seed: int | None = None
     adapter: bool = True
     lengths: Tensor | None = None
+
+    def new_lengths(self, tokens: int) -> Tensor:
+        """Count the real ones of each row's ``tokens`` newest tokens, which padding comes before: (B,).
+
+        Raises:
+            TransportError: There is no mask of the whole sequence.
+        """
+        mask = self.attention_mask
+        if mask is not None and mask.dim() == 2:
+            return mask[:, -tokens:].sum(dim=1)
+        if mask is None or self.lengths is None:
+            raise TransportError("decoding without an attention mask", cure="Give the mask of the whole sequence.")
+        return self.lengths
 
     def mask(self, tokens: int, device: torch.device) -> Tensor | None:
         """Return ``attention_mask``, or that of right-padded rows of ``lengths``: (B, T), 0 where padding is."""

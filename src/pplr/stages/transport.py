@@ -159,10 +159,7 @@ class LocalTransport:
 
     def decode(self, hidden_states: Tensor, call: StageCall, cache: int) -> Tensor:
         """Run the middle stage and extend a cache: (B, T, D) -> (B, T, D)."""
-        tokens = hidden_states.shape[0] * hidden_states.shape[1]
-        if hidden_states.shape[1] > 1 and call.attention_mask is not None:
-            tokens = int(call.attention_mask.sum())
-        self._count(hidden_states, tokens)
+        self._count(hidden_states, int(call.new_lengths(hidden_states.shape[1]).sum()))
         return self._host.decode(self._client, hidden_states, call, cache)
 
     def reorder_cache(self, cache: int, rows: Tensor) -> None:

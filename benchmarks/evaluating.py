@@ -1,0 +1,182 @@
+"""Evaluating users: batches of ours against one user at a time, beam 4 and 128 new tokens, then grounding.
+
+It trains a small run first, unless --run-dir holds one: a model that was not trained to write titles never ends them.
+
+    python -m benchmarks.evaluating
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.measuring import at_least, use_all_cores, write_result
+from benchmarks.reference.one_at_a_time import OneAtATime
+from pplr.backbones.adapters import load_adapter
+from pplr.backbones.causal_lm import CausalLM
+from pplr.config import Config
+from pplr.config_files import load_config
+from pplr.data.prompts import Case, evaluation_cases
+from pplr.progress import Silent
+from pplr.recommend.evaluation import Ranker, in_batches
+from pplr.recommend.generative import GenerativeRanker
+from pplr.recommend.metrics import batch_ranks
+from pplr.runtimes.assembly import Assembly
+from pplr.runtimes.in_process import train
+from pplr.runtimes.run import open_run
+
+_CONFIGS = Path(__file__).parent.parent / "configs"
+_AGAINST = "one user at a time: beam 4, 128 new tokens, then grounding by distance"
+
+
+def _configs(arguments: argparse.Namespace) -> tuple[Config, Config]:
+    """The run that writes titles, and the one that ranks by item vectors."""
+    overrides = [
+        f"training.samples={arguments.samples}", "evaluation.before=false", "evaluation.test_users=5",
+        "evaluation.floors=[]", "federation.method=centralized", f"federation.rounds={arguments.rounds}",
+        *arguments.overrides,
+    ]  # fmt: skip
+    own = load_config(_CONFIGS / "quickstart_causal_lm.yaml", overrides)
+    return own, load_config(_CONFIGS / "quickstart.yaml", arguments.overrides)
+
+
+def _all_scores(ranker: Ranker, cases: Sequence[Case], size: int) -> NDArray[np.float32]:
+    """Score in batches: (B, N), in the order of the cases."""
+    batches = in_batches(ranker, cases, size)
+    scored = np.concatenate([ranker.scores([cases[place] for place in batch]) for batch in batches])
+    return scored[np.argsort(np.concatenate(batches))]
+
+
+def _quality(scores: NDArray[np.float32], cases: Sequence[Case]) -> float:
+    """NDCG@10 of one target each."""
+    ranks = [int(own[0]) for own in batch_ranks(scores, cases)]
+    return statistics.fmean(1 / np.log2(1 + rank) if rank <= 10 else 0.0 for rank in ranks)
+
+
+def _same_lists(one: NDArray[np.float32], other: NDArray[np.float32], cases: Sequence[Case]) -> int:
+    """Count users whose first ten items are the same and in the same order."""
+
+    def first(scores: NDArray[np.float32], case: Case) -> list[int]:
+        own = scores.copy()
+        own[list(case.seen)] = -np.inf
+        return [int(item) for item in np.argsort(-own, kind="stable")[:10]]
+
+    return sum(first(a, case) == first(b, case) for a, b, case in zip(one, other, cases, strict=True))
+
+
+def measure(arguments: argparse.Namespace, folder: Path, config: Config, vectors: Config) -> dict[str, Any]:
+    """Let the ways take turns over the same users.
+
+    Args:
+        arguments: How many users, turns and tokens.
+        folder: A run of causal_lm; where there is none yet, it is trained.
+        config: What is trained.
+        vectors: A configuration of item vectors; its initial adapter ranks as fast as a trained one.
+    """
+    run = open_run(folder) if (folder / "metrics.json").exists() else train(config, folder)
+    parts, most = run.assembly(), run.config.data.history_items
+    catalog, backbone = parts.data.dataset.catalog, parts.backbone
+    if not isinstance(backbone, CausalLM):
+        raise TypeError("the run has to be one of causal_lm")
+    name = parts.data.partition.names[0]
+    state = load_adapter(run.folder / "clients" / name)
+    users = [int(user) for own in parts.data.partition.users for user in own]
+    cases = evaluation_cases(parts.data.holdout, users, "test", most)[0][: arguments.users]
+    reader = parts.admit(name, state, "benchmark")
+    rankers: dict[str, Ranker] = {}
+    for grounding in ("l2", "trie"):
+        settings = run.config.evaluation.model_copy(update={"grounding": grounding, "beams": 4})
+        rankers[grounding] = GenerativeRanker(reader, parts.space, settings, history_items=most)
+    matching = Assembly(vectors, Silent())
+    rankers["item vectors"] = matching.ranker(matching.admit("0", matching.initial, "benchmark"))
+    usual = OneAtATime(
+        CausalLM(copy.deepcopy(backbone.model), backbone.tokenizer, prompt=run.config.backbone.prompt,
+                 max_tokens=run.config.backbone.max_tokens),
+        run.config.adapter, state, max_new_tokens=arguments.tokens,
+    )  # fmt: skip
+    titles = parts.space.embeddings[parts.space.title_of]
+    slow: list[NDArray[np.float32]] = []
+    seconds: dict[str, list[float]] = {"one at a time": [], **{way: [] for way in rankers}}
+
+    def timed(way: str, users: int, work: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        told = work()
+        seconds[way].append((time.perf_counter() - started) / users)
+        return told
+
+    each = arguments.slow_users // arguments.turns
+    scored: dict[str, NDArray[np.float32]] = {}
+    for turn in range(arguments.turns):
+        own = cases[turn * each : (turn + 1) * each]
+        slow += timed("one at a time", each, lambda own=own: [usual.scores(c, titles, catalog, most) for c in own])
+        for way, ranker in rankers.items():
+            scored[way] = timed(way, len(cases), lambda r=ranker: _all_scores(r, cases, arguments.batch_size))
+        print("  ".join(f"{way} {1e3 * taken[-1]:.0f} ms a user" for way, taken in seconds.items()), flush=True)
+    compared = cases[: len(slow)]
+    same = _same_lists(np.stack(slow), scored["l2"][: len(slow)], compared)
+    quality = {"one at a time": _quality(np.stack(slow), compared), "l2": _quality(scored["l2"][: len(slow)], compared)}
+    median = {way: statistics.median(taken) for way, taken in seconds.items()}
+    ratio = {way: median["one at a time"] / median[way] for way in rankers}
+    shape = f"{len(cases)} users, {run.config.backbone.dtype}"
+    written = statistics.fmean(usual.written)
+    run.close()
+    matching.close()
+    return {
+        "seconds_per_user": seconds,
+        "written_tokens": usual.written,
+        "same_first_ten": same,
+        "compared_users": len(slow),
+        "ndcg@10": quality,
+        "notes": [
+            *(f"{way}: median {1e3 * value:.1f} ms a user" for way, value in median.items()),
+            f"one at a time: {len(slow)} of the users, {written:.1f} tokens written for each on average",
+            f"the first ten items are the same for {same} of {len(slow)} users, NDCG@10 on them "
+            f"{quality['l2']:.4f} against {quality['one at a time']:.4f}",
+        ],
+        "rows": [
+            at_least(f"evaluating by distance ({shape}), users per second", _AGAINST, ratio["l2"], 10),
+            at_least(f"evaluating by the trie, beam 4 ({shape}), users per second", _AGAINST, ratio["trie"], 10),
+            at_least(f"ranking by item vectors ({shape}), users per second", _AGAINST, ratio["item vectors"], 10),
+        ],
+    }
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--users", type=int, default=200)
+    parser.add_argument("--slow-users", type=int, default=20, help="users evaluated one at a time, over all turns")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=128, help="most new tokens one at a time")
+    parser.add_argument("--samples", type=int, default=256, help="training samples, where a run is trained first")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--run-dir", type=Path, help="a run of causal_lm; trained there when it is none yet")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], dest="overrides", metavar="FIELD=VALUE")
+    return parser
+
+
+def main() -> None:
+    """Measure and write ``evaluating.json``."""
+    arguments = make_parser().parse_args()
+    use_all_cores()
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(arguments, arguments.run_dir or Path(folder) / "run", *_configs(arguments))
+    for line in found["notes"]:
+        print(line)
+    for row in found["rows"]:
+        print(f"{row['name']} against {row['against']}: {row['ratio']:.2f}, met: {row['met']}")
+    write_result("evaluating", found)
+
+
+if __name__ == "__main__":
+    main()
