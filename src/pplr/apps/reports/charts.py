@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle
+from math import isnan
 from typing import Any, Final
 
 import matplotlib as mpl
@@ -152,6 +153,8 @@ def matrix(
         if len(names) <= _MOST_NUMBERS:
             for i, row in enumerate(numbers):
                 for j, value in enumerate(row):
+                    if isnan(value):
+                        continue
                     dark = (value - low) / (high - low) > 0.75
                     size = 8 if len(names) <= 5 else 6
                     told = f"{value:.{digits}f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.{digits}f}"

@@ -138,10 +138,16 @@ class Chart:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Charts beside each other, as many as fit."""
+    """Charts beside each other, as many as fit.
+
+    Args:
+        charts: In their order.
+        broad: Whether they are broader than high.
+    """
 
     kind: ClassVar = "gallery"
     charts: Sequence[Chart]
+    broad: bool = False
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from pplr.apps.reports.elements import (
 )
 from pplr.apps.reports.records import AttackRecord, AuditRecord, IntervalRecord, RunFiles, SettingRecord
 
-__all__ = ["audit_command", "dp_section", "leakage_section", "own_setting", "spent", "strongest_attack"]
+__all__ = ["audit_command", "dp_section", "elsewhere", "leakage_section", "own_setting", "spent", "strongest_attack"]
 
 _MEANING = (
     "token_recovery: share of the tokens that tell of the user, read right. item_f1: items of the user's history. "
@@ -47,6 +47,12 @@ def own_setting(audit: AuditRecord) -> SettingRecord:
     return (own or audit.settings)[0]
 
 
+def elsewhere(audit: AuditRecord) -> bool:
+    """Whether no setting of the audit is the run's own cut without added noise."""
+    setting = own_setting(audit)
+    return setting.cut != audit.cut or setting.noise != 0
+
+
 def strongest_attack(setting: SettingRecord, metric: str) -> tuple[AttackRecord, IntervalRecord] | None:
     """Find the attack that found most; ``None`` where none says anything of the metric."""
     told = [(own, found) for own in setting.audits if (found := own.found.get(metric)) is not None]
@@ -59,8 +65,10 @@ def leakage_section(files: RunFiles) -> Section:
     if audit is None:
         return Section("leakage", title, [_unmeasured(files)])
     setting = own_setting(audit)
-    parts: list[Part] = [
-        Paragraph((said(audit.verdict),), "verdict"),
+    parts: list[Part] = [Paragraph((said(audit.verdict),), "verdict")]
+    if elsewhere(audit):
+        parts.append(Paragraph((f"Measured at {_where(setting)}, which is not how the run was cut.",), "notice"))
+    parts += [
         Paragraph(
             (
                 "Attacks on the training passes of ",

@@ -55,14 +55,14 @@ def learning_section(files: RunFiles) -> Section:
         return Section("learning", title, [Paragraph(("No server round is finished yet.",))])
     metric = validation_metric(files)
     drawn = [
-        ("training loss (nats for each answer token)", series(files.rounds, files.clients, lambda own: own.loss)),
+        ("training loss (nats)", series(files.rounds, files.clients, lambda own: own.loss)),
         (
             f"validation {metric} (0 to 1)",
             series(files.rounds, files.clients, lambda own: own.validation.get(metric)),
         ),
     ]
     charts = [_curve(found, ylabel) for ylabel, found in drawn if found]
-    parts: list[Part] = [Gallery(charts)] if charts else []
+    parts: list[Part] = [Gallery(charts, broad=True)] if charts else []
     for ylabel, found in drawn:
         if not found:
             why = ": in training under differential privacy clients tell no loss" if _is_dp(files) else ""
@@ -121,13 +121,12 @@ def mixing_section(files: RunFiles) -> Section:
             )
         )
     ]
-    charts = [_curve(heating, "heating weight (0 to 1)")] if heating else []
+    if heating:
+        parts.append(Gallery([_curve(heating, "heating weight (0 to 1)")], broad=True))
     most = max(len(one.mixed) for one in mixed)
     chosen = chosen_rounds(mixed)
     if most <= _MOST_DRAWN:
-        charts += _mixtures(chosen) + _similarities(chosen)
-    if charts:
-        parts.append(Gallery(charts))
+        parts += [Gallery(charts) for charts in (_mixtures(chosen), _similarities(chosen)) if charts]
     if not heating:
         parts.append(Paragraph((f"The method {said(files.config.federation.method)} has no heating weight.",), "note"))
     if most > _MOST_DRAWN:

@@ -23,7 +23,15 @@ from pplr.apps.reports.elements import (
     said,
     share_cell,
 )
-from pplr.apps.reports.leakage import audit_command, dp_section, leakage_section, own_setting, spent, strongest_attack
+from pplr.apps.reports.leakage import (
+    audit_command,
+    dp_section,
+    elsewhere,
+    leakage_section,
+    own_setting,
+    spent,
+    strongest_attack,
+)
 from pplr.apps.reports.learning import learning_section, mixing_section
 from pplr.apps.reports.quality import headline_metric, quality_section
 from pplr.apps.reports.records import RunFiles, read_run
@@ -171,6 +179,8 @@ def _leakage(files: RunFiles) -> list[str | Cell | Code | Link]:
     told += ["with an F1 of ", measured(found[1].mean, 2)]
     if guess is not None:
         told += [", where a guess without any state gives ", measured(guess.mean, 2)]
+    if elsewhere(audit):
+        told += [", at another cut than the run's own"]
     return [*told, ": ", link, ". "]
 
 
