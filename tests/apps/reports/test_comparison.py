@@ -94,3 +94,13 @@ def test_the_command_writes_the_page_beside_its_tables(folder: Path, better: Pat
     done = CliRunner().invoke(app, arguments)
     assert (done.exit_code, done.stdout.splitlines()[-1]) == (0, f"written: {out}")
     assert "<h1>Comparison: run, better &lt;b&gt;</h1>" in out.read_text()
+
+
+def test_what_the_server_read_stands_beside_the_cost(
+    folder: Path, better: Path, tmp_path: Path, audit: dict[str, Any]
+) -> None:
+    (folder / "audit.json").write_text(json.dumps(audit))
+    page = read_page(write_comparison([folder, better], [], tmp_path / "c.html", samples=20).read_text())
+    table = page.tables["What the runs cost, and what the server read of histories at best"]
+    assert table["run"]["server read, item_f1"] == ("0.81 (0.69 to 0.88)", 0.8125)
+    assert table["better <b>"]["server read, item_f1"] == ("not measured", None)

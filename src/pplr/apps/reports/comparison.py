@@ -9,6 +9,7 @@ import numpy as np
 from pplr.apps.compare import Difference, check_same_holdout, chosen_metrics, compare, difference_of, finished_metrics
 from pplr.apps.reports.charts import as_chart, intervals
 from pplr.apps.reports.elements import (
+    MISSING,
     Cell,
     Chart,
     Code,
@@ -18,11 +19,13 @@ from pplr.apps.reports.elements import (
     Section,
     Table,
     Text,
+    between,
     bytes_cell,
     measured,
     said,
     seconds_cell,
 )
+from pplr.apps.reports.leakage import elsewhere, own_setting, strongest_attack
 from pplr.apps.reports.quality import DIFFERENCES, bootstrap_note, difference_rows, part_of
 from pplr.apps.reports.records import MetricsRecord, RunFiles
 from pplr.apps.results import metric_names
@@ -132,10 +135,28 @@ def _cost_table(runs: Sequence[RunFiles], names: Sequence[str]) -> Table:
                 bytes_cell(own.cost.wire.get("bytes_up")),
                 bytes_cell(own.cost.wire.get("bytes_down")),
                 seconds_cell(own.seconds.get("train")),
+                _read_by_server(one),
             )
         )
-    columns = ("run", "server rounds", "client stores", "server stores", "up", "down", "training")
-    return Table("What the runs cost", columns, rows)
+    columns = (
+        "run",
+        "server rounds",
+        "client stores",
+        "server stores",
+        "up",
+        "down",
+        "training",
+        "server read, item_f1",
+    )
+    return Table("What the runs cost, and what the server read of histories at best", columns, rows)
+
+
+def _read_by_server(files: RunFiles) -> Cell:
+    """Show what the strongest attack read at the run's own cut."""
+    if files.audit is None or elsewhere(files.audit):
+        return Cell(MISSING)
+    found = strongest_attack(own_setting(files.audit), "item_f1")
+    return Cell(MISSING) if found is None else between(found[1].mean, found[1].low, found[1].high)
 
 
 def _difference_parts(differences: Sequence[Difference], first: str, samples: int) -> list[Part]:
