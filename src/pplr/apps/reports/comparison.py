@@ -238,6 +238,9 @@ def _summary(runs: Sequence[RunFiles], names: Sequence[str], metric: str, differ
     for own in differences:
         if own.metric != metric:
             continue
+        if own.difference == 0:
+            told.append(f" {said(own.run)} has the same mean.")
+            continue
         side = "above" if own.difference > 0 else "below"
         end = ": more than chance." if own.is_one else ": no difference can be told."
         amount = Cell(f"{abs(own.difference):.4f}", own.difference)

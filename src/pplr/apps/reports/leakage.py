@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from pplr.apps.auditing import SHOWN, frontier
@@ -38,7 +39,7 @@ _NOTHING = (
 
 def audit_command(files: RunFiles) -> Code:
     """Name the command that measures it."""
-    return Code(f"pplr audit {said(files.folder)}")
+    return Code(said(shlex.join(["pplr", "audit", str(files.folder)])))
 
 
 def own_setting(audit: AuditRecord) -> SettingRecord:

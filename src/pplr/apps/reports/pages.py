@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -121,7 +122,8 @@ def report_page(files: RunFiles, others: Sequence[RunFiles] = (), *, samples: in
 def _notices(files: RunFiles) -> list[Text]:
     if files.metrics is not None:
         return []
-    folder = said(files.folder)
+    folder = str(files.folder)
+    again = shlex.join(["pplr", "train", f"{folder}/config.yaml", "--run-dir", folder, "--resume"])
     return [
         (
             "This run is under way, or was stopped: ",
@@ -129,7 +131,7 @@ def _notices(files: RunFiles) -> list[Text]:
             " of at most ",
             measured(files.config.federation.rounds),
             " server rounds are done, and nothing is tested yet. If it was stopped, go on with ",
-            Code(f"pplr train {folder}/config.yaml --run-dir {folder} --resume"),
+            Code(said(again)),
             ".",
         )
     ]

@@ -58,7 +58,7 @@ def setting_section(files: RunFiles) -> Section:
         "server rounds": (measured(len(files.rounds)), " done of at most ", measured(federation.rounds)),
         "adapter": (f"{adapter.kind}, rank {adapter.rank} on {said(targets)}" if adapter.kind == "lora" else "full",),
         "local training": (
-            f"{training.local_epochs} epochs a round, batches of {training.batch_size}, "
+            f"epochs a round: {training.local_epochs}, batches of {training.batch_size}, "
             f"learning rate {training.learning_rate:g}",
         ),
         "runtime": (f"{config.runtime.name}, hidden states travel as {config.runtime.wire}",),
@@ -141,7 +141,7 @@ def repeat_section(files: RunFiles) -> Section:
     told, folder = files.provenance, str(files.folder)
     again = shlex.join(["pplr", "train", f"{folder}/config.yaml", "--run-dir", f"{folder}-again"])
     parts: list[Part] = [
-        Paragraph((Code(again),)),
+        Paragraph((Code(said(again)),)),
         Paragraph(
             (
                 "On one number of threads and these versions the adapters come out with the same bytes. A run whose "
