@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from pplr.apps.results import result_table
+from pplr.apps.terminal import Screen, TerminalProgress
 from pplr.backbones.adapters import load_adapter
 from pplr.backbones.base import load_backbone
 from pplr.config import BackboneConfig
@@ -65,6 +68,17 @@ def adapters(folder: Path) -> dict[str, bytes]:
 
 def booked(folder: Path, client: str = "0") -> list[dict]:
     return json.loads((folder / "privacy" / f"{client}.json").read_text())["booked"]
+
+
+def test_whoever_trains_reads_the_word_private_beside_a_figure_alone(tmp_path, config, small_config, backbone):
+    for number, own in enumerate((config, small_config())):
+        told = io.StringIO()
+        screen = Screen(told)
+        run = train(own, tmp_path / str(number), backbone=backbone, progress=TerminalProgress(screen))
+        screen.lines(result_table(run.metrics))
+        lines = [line for line in told.getvalue().splitlines() if re.search(r"\bprivat", line, re.IGNORECASE)]
+        assert all("ε = " in line for line in lines)
+        assert len(lines) == (1 if own is config else 0)
 
 
 def test_what_is_spent_is_in_every_record_in_the_metrics_and_on_the_screen(tmp_path, config, backbone):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pplr.apps.tables import Table, figure
 from pplr.errors import ConfigError
 
-__all__ = ["SHOWN", "audit_tables", "draw_frontier", "parse_cuts", "sweep_cuts"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["SHOWN", "audit_tables", "draw_frontier", "frontier", "parse_cuts", "sweep_cuts"]
 
 SHOWN = ("token_recovery", "item_f1", "target_hit@1")
 """Metrics of the table; ``audit.json`` has all."""
@@ -73,17 +76,21 @@ def draw_frontier(content: Mapping[str, Any], path: Path, metric: str = "item_f1
         path: Of the PNG.
         metric: Leakage, by name.
     """
-    import matplotlib as mpl
+    frontier(content, metric).savefig(path, dpi=150)
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
 
-    chart, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+def frontier(content: Mapping[str, Any], metric: str = "item_f1") -> Figure:
+    """Make the drawing of :func:`draw_frontier`."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    chart = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = chart.subplots()
     noises = sorted({found["noise"] for found in content["settings"]})
     marks = dict(zip(noises, "osD^vP*X", strict=False))
     depths = sorted({found["cut"]["input_layers"] for found in content["settings"]})
     colours = dict(
-        zip(depths, plt.get_cmap("viridis")([i / max(1, len(depths) - 1) for i in range(len(depths))]), strict=True)
+        zip(depths, colormaps["viridis"]([i / max(1, len(depths) - 1) for i in range(len(depths))]), strict=True)
     )
     for found in content["settings"]:
         told = [own[metric] for own in found["audits"] if own.get(metric)]
@@ -115,5 +122,4 @@ def draw_frontier(content: Mapping[str, Any], path: Path, metric: str = "item_f1
     axes.set_ylim(bottom=0)
     axes.set_title(f"What the server reads, and what recommendations are worth: {content['backbone']}", fontsize=10)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    chart.savefig(path, dpi=150)
-    plt.close(chart)
+    return chart

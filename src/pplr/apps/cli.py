@@ -16,7 +16,16 @@ from typer.core import TyperGroup
 
 from pplr import __version__
 from pplr.apps import cutting, data, enrolling, serving, staging
-from pplr.apps.options import ConfigPath, KitPath, RunDir, Settings, StageServer, stage_server_at
+from pplr.apps.options import (
+    BootstrapSeed,
+    ConfigPath,
+    KitPath,
+    RunDir,
+    Samples,
+    Settings,
+    StageServer,
+    stage_server_at,
+)
 from pplr.errors import PplrError
 
 __all__ = ["app", "main"]
@@ -25,7 +34,7 @@ _INTERRUPTED = 130
 _BROKEN_PIPE = 141
 _EXTRAS = dict.fromkeys(("cryptography", "grpc", "grpc_health", "google", "prometheus_client"), "network")
 _EXTRAS |= dict.fromkeys(("flwr", "ray"), "flower")
-_EXTRAS |= {"matplotlib": "plots"}
+_EXTRAS |= dict.fromkeys(("matplotlib", "jinja2"), "plots")
 """Packages that only some commands need, and the extra that installs each."""
 
 
@@ -316,8 +325,11 @@ def compare(
     metric: Annotated[
         list[str] | None, typer.Option(help="Compare by this metric, such as ndcg@10. Repeatable.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Bootstrap samples.")] = 10_000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
+    samples: Samples = 10_000,
+    seed: BootstrapSeed = 0,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write one HTML page as well, with clients and plots.")
+    ] = None,
 ) -> None:
     """Put runs side by side, and test each against the first over the same users."""
     from pplr.apps import compare as comparing
@@ -335,6 +347,34 @@ def compare(
             differences = comparing.compare(runs, metric or (), samples=samples, seed=seed)
         screen.line()
         screen.table(comparing.difference_table(differences, runs[0]))
+    if html is not None:
+        with screen.busy("drawing"):
+            from pplr.apps.reports.pages import write_comparison
+
+            write_comparison(run_dirs, metric or (), html, samples=samples, seed=seed)
+        screen.line()
+        screen.line(f"written: {html}")
+
+
+@app.command()
+def report(
+    run_dir: RunDir,
+    others: Annotated[
+        list[Path] | None, typer.Argument(metavar="[OTHER_RUN_DIR]...", help="Finished runs to stand beside it.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="RUN_DIR/report.html when absent.")] = None,
+    samples: Samples = 10_000,
+    seed: BootstrapSeed = 0,
+) -> None:
+    """Write what a run did, is worth, cost and gives away as one HTML page that needs nothing else."""
+    from pplr.apps.terminal import Screen
+
+    screen = Screen()
+    with screen.busy("drawing"):
+        from pplr.apps.reports.pages import write_report
+
+        written = write_report(run_dir, others or (), out, samples=samples, seed=seed)
+    screen.line(f"written: {written}")
 
 
 @app.command("config")

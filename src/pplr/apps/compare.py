@@ -11,9 +11,20 @@ from pplr.apps.tables import Table, figure
 from pplr.errors import ConfigError, RunError, nearest
 
 if TYPE_CHECKING:
+    from pplr.recommend.evaluation import Evaluation
     from pplr.runtimes.run import Run
 
-__all__ = ["Difference", "compare", "difference_table", "run_table", "spread_table"]
+__all__ = [
+    "Difference",
+    "check_same_holdout",
+    "chosen_metrics",
+    "compare",
+    "difference_of",
+    "difference_table",
+    "finished_metrics",
+    "run_table",
+    "spread_table",
+]
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,11 @@ class Difference:
     high: float
     p: float
 
+    @property
+    def is_one(self) -> bool:
+        """Whether the interval leaves out 0, so that it can be called a difference."""
+        return self.low > 0 or self.high < 0
+
 
 def compare(runs: Sequence[Run], metrics: Sequence[str], *, samples: int = 10_000, seed: int = 0) -> list[Difference]:
     """Compare every run with the first one by a paired bootstrap over users.
@@ -52,20 +68,38 @@ def compare(runs: Sequence[Run], metrics: Sequence[str], *, samples: int = 10_00
         RunError: A run is not finished, or was tested on other data or another holdout than the first.
         ConfigError: A metric was not measured.
     """
-    from pplr.recommend.evaluation import paired_bootstrap
-
     first, *others = runs
     chosen = chosen_metrics(first, metrics)
     differences: list[Difference] = []
     for other in others:
         finished_metrics(other)
-        _check_same_holdout(first, other)
+        check_same_holdout(first, other)
         a, b = other.evaluation(), first.evaluation()
-        users = len(set(a.users.tolist()) & set(b.users.tolist()))
-        for metric in chosen:
-            found = paired_bootstrap(a, b, metric, samples=samples, seed=seed)
-            differences.append(Difference(str(other.folder), metric, users, *found))
+        differences += [difference_of(str(other.folder), a, b, metric, samples=samples, seed=seed) for metric in chosen]
     return differences
+
+
+def difference_of(
+    name: str, a: Evaluation, b: Evaluation, metric: str, *, samples: int = 10_000, seed: int = 0
+) -> Difference:
+    """Tell how far one evaluation is above another, by a paired bootstrap over the users that both tested.
+
+    Args:
+        name: Of what is compared.
+        a: This,
+        b: less this.
+        metric: Which both measured.
+        samples: Bootstrap samples.
+        seed: Of the bootstrap.
+
+    Raises:
+        ConfigError: The metric was not measured in both.
+        DataError: The two share no user.
+    """
+    from pplr.recommend.evaluation import paired_bootstrap
+
+    users = len(set(a.users.tolist()) & set(b.users.tolist()))
+    return Difference(name, metric, users, *paired_bootstrap(a, b, metric, samples=samples, seed=seed))
 
 
 def chosen_metrics(run: Run, metrics: Sequence[str]) -> list[str]:
@@ -154,8 +188,12 @@ def difference_table(differences: Sequence[Difference], first: Run) -> Table:
     return Table(columns, rows, texts=(columns[0], "metric"))
 
 
-def _check_same_holdout(first: Run, other: Run) -> None:
-    """Refuse to pair users of different data: their numbers would mean different people."""
+def check_same_holdout(first: Run, other: Run) -> None:
+    """Refuse to pair users of different data: their numbers would mean different people.
+
+    Raises:
+        RunError: The holdouts differ.
+    """
     for key in sorted(set(first.provenance) & set(other.provenance)):
         if "holdout" in key and first.provenance[key] != other.provenance[key]:
             raise RunError(

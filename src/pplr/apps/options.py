@@ -11,7 +11,17 @@ import typer
 if TYPE_CHECKING:
     from pplr.runtimes.address import StageServerAt
 
-__all__ = ["ConfigPath", "KitPath", "RunDir", "Settings", "StageServer", "stage_server_at", "wait_passively"]
+__all__ = [
+    "BootstrapSeed",
+    "ConfigPath",
+    "KitPath",
+    "RunDir",
+    "Samples",
+    "Settings",
+    "StageServer",
+    "stage_server_at",
+    "wait_passively",
+]
 
 ConfigPath = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A YAML file; all defaults when absent.")]
 Settings = Annotated[
@@ -35,6 +45,8 @@ KitPath = Annotated[
         help="A startup kit, or a folder of kits named as the clients. Gives the stage server's address too.",
     ),
 ]
+BootstrapSeed = Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")]
+Samples = Annotated[int, typer.Option(min=1, help="Bootstrap samples.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")]
 
 
