@@ -159,7 +159,8 @@ def measure(steps: int, size: int, load: Callable[[str], tuple[Config, CausalLM]
     for name in DTYPES:
         formats[name] = told = measure_dtype(name, steps, size, *load(name))
         for way, share in told["share"].items():
-            rows.append(at_least(f"operations a second of training, {name}, {way}", f"{name} matmul", share, BOUND))
+            what = f"share of the machine's measured matmul rate in training, {name}, {way}"
+            rows.append(at_least(what, f"a product of two {SQUARE} x {SQUARE} matrices", share, BOUND))
         notes += told_of(name, told)
     return {"formats": formats, "rows": rows, "notes": notes}
 
