@@ -25,7 +25,7 @@ from pplr.runtimes.memory import hand_back_large_blocks, peak_rss_bytes
 from pplr.stages.cut import CutPlan
 from pplr.stages.model import ClientModel, CutModel
 
-CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+CONFIG = Path(__file__).parent.parent / "configs" / "quickstart_causal_lm.yaml"
 
 
 def read_batches(backbone: Backbone, rows: list[list[list[list[int]]]]) -> list[Batch]:

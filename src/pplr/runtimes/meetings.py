@@ -24,14 +24,12 @@ class Guest:
     """One call that can be computed together with others.
 
     Args:
-        client: Whose turn it takes.
-        name: The tenancy.
+        client: Whose it is.
         tokens: Of its batch, with padding.
         work: What is to be done.
     """
 
     client: str
-    name: str
     tokens: int
     work: Any
     ticket: Ticket = field(default_factory=Ticket)
@@ -79,7 +77,7 @@ class Meetings:
         self._most, self._most_tokens = most, most_tokens
         self._lock = threading.Lock()
         self._open: dict[Hashable, Meeting] = {}
-        self._absent: set[str] = set()  # tenancies that others have waited for in vain
+        self._absent: set[str] = set()  # clients that others have waited for in vain
         self.patience_s = 0.0
 
     def attend(self, key: Hashable, guest: Guest, expected: frozenset[str]) -> Meeting:
@@ -88,10 +86,10 @@ class Meetings:
         Args:
             key: Calls of one key can be computed as one.
             guest: The call.
-            expected: Tenancies that are likely to come.
+            expected: Clients that are likely to come.
         """
         with self._lock:
-            self._absent.discard(guest.name)
+            self._absent.discard(guest.client)
             meeting = self._open.get(key)
             if meeting is None or not self._has_room(meeting, guest):
                 if meeting is not None:
@@ -108,7 +106,7 @@ class Meetings:
         return meeting
 
     def _missing(self, meeting: Meeting, expected: frozenset[str]) -> set[str]:
-        return set(expected) - self._absent - {own.name for own in meeting.guests}
+        return set(expected) - self._absent - {own.client for own in meeting.guests}
 
     def _has_room(self, meeting: Meeting, guest: Guest) -> bool:
         tokens = guest.tokens + sum(own.tokens for own in meeting.guests)

@@ -194,16 +194,17 @@ class SessionCalls:
     # -- several clients in one pass --------------------------------------------------------------------------
 
     def meeting(self, name: str, session: Session, request: Any) -> tuple[Hashable, frozenset[str]] | None:
-        """Say with which other calls a call can be computed, by a key, and whose are to be expected.
+        """Say with which other calls a call can be computed, by a key, and whose are expected.
 
         Needs no turn. ``None`` for a call that is computed by itself.
         """
         try:
             if name == "Forward" and request.keep and request.adapter and session.host.takes_several:
                 others = [own for own in self._tenancies.all() if own.host is session.host and own.in_round]
-                return (name, session.host), frozenset(own.name for own in others)
+                return (name, session.host), frozenset(own.owner.client for own in others)
             if name == "Backward" and (joint := session.host.joint_pass(session.name, request.step)) is not None:
-                return (name, joint), session.host.awaited(joint)
+                names = session.host.awaited(joint)
+                return (name, joint), frozenset(own.owner.client for own in self._tenancies.all() if own.name in names)
         except TransportError:  # the tenancy is gone, which its own turn will tell
             pass
         return None
