@@ -1,6 +1,6 @@
 """Run every benchmark, each in a process of its own, then write the summary and ``docs/benchmarks.md``.
 
-``gpu`` needs a GPU, and runs where it is named.
+``gpu`` needs a GPU, and ``equal_time`` an hour; they run where they are named.
 """
 
 from __future__ import annotations

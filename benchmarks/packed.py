@@ -1,8 +1,8 @@
 """Supervised targets per second of lists, every title a target, against one target for each prompt.
 
 The same trainer and model on MovieLens-100K. Prompts show ten titles, as the paper's do; lists are as long as 512
-tokens allow, and once more no longer than the prompts. Batches are dealt as training deals them and run in micro-batches
-of about equal tokens, one of each way in turn. A way's rate is the median of its tokens per second, padding included,
+tokens allow, and once more no longer than the prompts. Batches are dealt as training deals them, and micro-batches of
+about equal tokens run, one of each way in turn. A way's rate is the median of its tokens per second, padding included,
 times the targets for each such token in a whole epoch.
 
     python -m benchmarks.packed [--steps 7] [--tokens 2048]
