@@ -1,22 +1,27 @@
 """Supervised targets per second of lists, every title a target, against one target for each prompt.
 
-The same trainer and model on MovieLens-100K; batches as training deals them, a step of each in turn. Prompts show ten
-titles, as the paper's do. Lists are as long as 512 tokens allow, and once more no longer than the prompts.
+The same trainer and model on MovieLens-100K. Prompts show ten titles, as the paper's do; lists are as long as 512
+tokens allow, and once more no longer than the prompts. Batches are dealt as training deals them, and micro-batches of
+about equal tokens run, one of each way in turn. A way's rate is the median of its tokens per second, padding included,
+times the targets for each such token in a whole epoch.
 
-    python -m benchmarks.packed [--steps 7]
+    python -m benchmarks.packed [--steps 7] [--tokens 2048]
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.measuring import at_least, backbone_of, quickstart, spread, use_all_cores, write_result
 from pplr.backbones.base import Batch
 from pplr.backbones.batching import bucketed_batches
+from pplr.backbones.causal_lm import CausalLM
 from pplr.config import Config
 from pplr.runtimes.assembly import load_run_data
+from pplr.seeds import generator
 from pplr.stages.cut import CutPlan
 from pplr.stages.model import ClientModel, CutModel
 
@@ -27,23 +32,61 @@ WAYS = {
 }
 """What is measured, the reference first."""
 
-TOKENS = 2048
-"""Tokens of a batch, as nearly as whole samples make them, so that every way runs products of one size."""
+BATCH = 64
+"""Samples of an optimizer step, the paper's; they are sorted by length before they are divided into micro-batches."""
 
 
-def make_batches(config: Config, count: int) -> tuple[ClientModel, list[Batch]]:
-    """Make a client and batches of real samples, dealt as training deals them."""
+@dataclass(frozen=True)
+class Way:
+    """A client, some micro-batches of its epoch, and what the whole epoch is made of.
+
+    Args:
+        client: The client.
+        batches: Micro-batches, drawn evenly.
+        samples: Samples of the epoch.
+        targets: Titles that are targets in it.
+        supervised: Their tokens.
+        tokens: All tokens, without padding.
+        padded: With padding.
+    """
+
+    client: ClientModel
+    batches: list[Batch]
+    samples: int
+    targets: int
+    supervised: int
+    tokens: int
+    padded: int
+
+
+def prepare(config: Config, count: int, tokens: int) -> Way:
+    """Encode real samples, deal an epoch of them, and draw micro-batches of about so many tokens."""
     data, backbone = load_run_data(config), backbone_of(config)
-    catalog = data.dataset.catalog
-    samples = backbone.divide([sample for own in data.samples.values() for sample in own], catalog)
-    encoded = backbone.encode(samples, catalog, config.data.history_items)
+    if not isinstance(backbone, CausalLM):
+        raise SystemExit("error: the demo's backbone is not causal_lm")
+    samples = [sample for own in data.samples.values() for sample in own]
+    samples = backbone.divide(samples, data.dataset.catalog)
+    encoded = backbone.encode(samples, data.dataset.catalog, config.data.history_items)
     lengths = [backbone.length(own) for own in encoded]
-    size = max(1, round(TOKENS * len(lengths) / sum(lengths)))
-    order = bucketed_batches(lengths, size, 0, "benchmark")[:count]
+    size = max(1, round(tokens * len(lengths) / sum(lengths)))
+    parts = [
+        places[start : start + size]
+        for places in bucketed_batches(lengths, BATCH, 0, "benchmark")
+        for start in range(0, len(places), size)
+    ]
+    drawn = generator(0, "micro-batches").permutation(len(parts))[:count]
     model = CutModel(backbone, CutPlan.make(None, backbone.total_layers), config.adapter, config.training)
     client = model.client("one", model.initial_adapter(0))
     client.begin_round(1000)
-    return client, [backbone.collate([encoded[place] for place in places]) for places in order]
+    return Way(
+        client=client,
+        batches=[backbone.collate([encoded[place] for place in parts[number]]) for number in drawn],
+        samples=len(encoded),
+        targets=sum(own.answer.count(backbone.answer_end) for own in encoded),
+        supervised=sum(len(own.answer) for own in encoded),
+        tokens=sum(lengths),
+        padded=sum(len(places) * max(lengths[place] for place in places) for places in parts),
+    )
 
 
 def take_step(client: ClientModel, batch: Batch) -> float:
@@ -54,52 +97,52 @@ def take_step(client: ClientModel, batch: Batch) -> float:
     return time.perf_counter() - started
 
 
-def titles_of(client: ClientModel, batch: Batch) -> int:
-    """Count the titles that a batch's targets are the tokens of."""
-    end = getattr(client.backbone, "answer_end")  # noqa: B009  (of causal_lm alone)
-    return int((batch.is_target & (batch.input_ids == end)).sum())
-
-
 def main() -> None:
     """Measure and write ``packed.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--samples", type=int, help="samples of an epoch; all when absent")
     arguments = parser.parse_args()
     use_all_cores()
-    made = {
-        name: make_batches(quickstart("training.samples=null", *settings), arguments.steps + 1)
+    drawn = f"training.samples={arguments.samples or 'null'}"
+    ways = {
+        name: prepare(quickstart(drawn, *settings), arguments.steps + 1, arguments.tokens)
         for name, settings in WAYS.items()
     }
-    rates: dict[str, dict[str, list[float]]] = {name: {"targets": [], "tokens": []} for name in made}
+    rates: dict[str, list[float]] = {name: [] for name in ways}
     for step in range(arguments.steps + 1):
-        for name, (client, batches) in made.items():
-            batch = batches[step]
-            seconds = take_step(client, batch)
+        for name, way in ways.items():
+            batch = way.batches[step % len(way.batches)]
+            seconds = take_step(way.client, batch)
             if step > 0:  # the first warms up
-                rates[name]["targets"].append(titles_of(client, batch) / seconds)
-                rates[name]["tokens"].append(batch.targets / seconds)
-        print(
-            "  ".join(f"{name} {own['targets'][-1]:.2f}/s" for name, own in rates.items() if own["targets"]), flush=True
-        )
+                rates[name].append(batch.input_ids.numel() / seconds)
+        print("  ".join(f"{name} {own[-1]:.0f} tokens/s" for name, own in rates.items() if step), flush=True)
     told: dict[str, Any] = {}
     notes = []
-    for name, (client, batches) in made.items():
-        told[name] = {what: spread(own) for what, own in rates[name].items()}
-        whole = sum(batch.input_ids.numel() for batch in batches)
-        real, titles = sum(batch.tokens for batch in batches), sum(titles_of(client, batch) for batch in batches)
-        told[name] |= {"tokens_per_target": real / titles, "padding": 1 - real / whole}
+    for name, way in ways.items():
+        told[name] = {
+            "tokens_per_second_padding_included": spread(rates[name]),
+            "targets_per_second": spread([rate * way.targets / way.padded for rate in rates[name]]),
+            "supervised_tokens_per_second": spread([rate * way.supervised / way.padded for rate in rates[name]]),
+            "tokens_per_target": way.tokens / way.targets,
+            "padding": 1 - way.tokens / way.padded,
+            "samples": way.samples,
+            "targets": way.targets,
+        }
+        own = told[name]
         notes.append(
-            f"{name}: {told[name]['targets']['median']:.2f} supervised titles and {told[name]['tokens']['median']:.0f} "
-            f"supervised tokens a second, {real / titles:.1f} tokens through the model for each title, "
-            f"{1 - real / whole:.1%} padding"
+            f"{name}: {own['targets_per_second']['median']:.2f} targets and "
+            f"{own['supervised_tokens_per_second']['median']:.1f} supervised tokens a second; {way.samples:,} samples "
+            f"with {way.targets:,} targets, {own['tokens_per_target']:.1f} tokens for each target, "
+            f"{own['padding']:.1%} padding"
         )
         print(notes[-1])
     base, *others = WAYS
-    ratios = {name: told[name]["targets"]["median"] / told[base]["targets"]["median"] for name in others}
-    notes.append(f"{others[1]} train {ratios[others[1]]:.1f} times the targets a second of {base}")
-    print(notes[-1])
-    rows = [at_least(f"supervised targets per second, {others[0]}", base, ratios[others[0]], 10.0)]
-    print(f"{rows[0]['name']}: {rows[0]['ratio']:.2f}")
+    median = {name: own["targets_per_second"]["median"] for name, own in told.items()}
+    rows = [at_least(f"supervised targets per second, {others[0]}", base, median[others[0]] / median[base], 10.0)]
+    notes.append(f"{others[1]}: {median[others[1]] / median[base]:.2f} times the targets a second of {base}")
+    print(f"{rows[0]['name']}: {rows[0]['ratio']:.2f} times those of {base}\n{notes[-1]}")
     write_result("packed", {"rows": rows, "notes": notes, "measured": told})
 
 
