@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pplr.backbones import loading
+from pplr.backbones import causal_lm, loading
 from pplr.backbones.arithmetic import multiplies_bfloat16
 from pplr.backbones.base import load_backbone
 from pplr.backbones.causal_lm import CausalLM
@@ -367,3 +367,22 @@ def test_the_real_small_encoder_is_cut_as_it_is_whole_and_knows_what_titles_say(
     near = tables[0] @ tables[0].t()
     assert near[0, 2] > near[0, 1] + 0.2
     assert near[0, 3] > near[0, 1] + 0.2
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_blocks_that_are_left_out_are_not_read(family: str, tmp_path: Path) -> None:
+    whole = tiny_decoder(family, layers=4)
+    whole.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    first = CausalLM.load(BackboneConfig(model=str(tmp_path), dtype="float32", keep_blocks=2))
+    assert first.total_layers == 2
+    own = first.model.state_dict()
+    kept = {name: tensor for name, tensor in whole.state_dict().items() if ".layers.2." not in name}
+    kept = {name: tensor for name, tensor in kept.items() if ".layers.3." not in name}
+    assert own.keys() == kept.keys()
+    assert all(torch.equal(own[name], tensor) for name, tensor in kept.items())
+    later = CausalLM.load(BackboneConfig(model=str(tmp_path), dtype="float32"))
+    causal_lm._shorten(later.model, 2)
+    tokens = torch.tensor([[5, 6, 7]])
+    assert torch.equal(first.model(tokens).logits, later.model(tokens).logits)
+    assert CausalLM(later.model, later.tokenizer).fingerprint() == first.fingerprint()

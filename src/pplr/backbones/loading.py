@@ -148,8 +148,11 @@ def load_pretrained(
             model = architecture.auto.from_config(model_config, dtype=dtype, **architecture.options)
             missing = _fill(model, {name: tensor.to(dtype) for name, tensor in tensors.items()}).missing_keys
         else:
+            if architecture is DECODER and config.keep_blocks is not None:
+                _leave_out(model_config, config.keep_blocks)
             model, loaded = architecture.auto.from_pretrained(
                 folder,
+                config=model_config,
                 dtype=dtype,
                 attn_implementation=attention_of(model_config),
                 output_loading_info=True,
@@ -170,6 +173,13 @@ def load_pretrained(
             f"or one of {', '.join(SHORT_NAMES)}.",
         ) from error
     return model, tokenizer, str(folder)
+
+
+def _leave_out(config: Any, keep: int) -> None:
+    """Have a decoder's blocks after the first ``keep`` not even read; more than it has is refused by its backbone."""
+    config.num_hidden_layers = min(keep, config.num_hidden_layers)
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = list(config.layer_types[: config.num_hidden_layers])
 
 
 def attention_of(config: Any) -> str:
