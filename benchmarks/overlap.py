@@ -62,6 +62,7 @@ def in_flight(place: Deployment, size: int, micro: int, steps: int) -> dict[str,
                     own.model_copy(update={"runtime": runtime}), backbone, str(place.kit(name)), address, name
                 )
                 stack.callback(connections.close)
+                stack.callback(client.transport.leave)  # type: ignore[union-attr]  # or its server waits for the round
                 told = f"across, {threads} + {threads} threads"
                 if flight == 1:
                     ways[f"{told}, whole batch"] = lambda own=client, n=threads: _step(own, batch, n)
