@@ -94,7 +94,8 @@ def measure(arguments: argparse.Namespace, folder: Path, config: Config, vectors
     reader = parts.admit(name, state, "benchmark")
     rankers: dict[str, Ranker] = {}
     for grounding in ("l2", "trie"):
-        settings = run.config.evaluation.model_copy(update={"grounding": grounding, "beams": 4})
+        alike = {"grounding": grounding, "beams": 4, "max_new_tokens": arguments.tokens}  # ours stop at the line's end
+        settings = run.config.evaluation.model_copy(update=alike)
         rankers[grounding] = GenerativeRanker(reader, parts.space, settings, history_items=most)
     matching = Assembly(vectors, Silent())
     rankers["item vectors"] = matching.ranker(matching.admit("0", matching.initial, "benchmark"))
@@ -157,7 +158,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--slow-users", type=int, default=20, help="users evaluated one at a time, over all turns")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=128, help="most new tokens one at a time")
+    parser.add_argument("--tokens", type=int, default=128, help="most new tokens, in every way")
     parser.add_argument("--samples", type=int, default=256, help="training samples, where a run is trained first")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--run-dir", type=Path, help="a run of causal_lm; trained there when it is none yet")
