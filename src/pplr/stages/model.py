@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from pplr.backbones.base import Backbone, Batch
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import CheckpointError, ConfigError, TransportError
 from pplr.seeds import derive_seed
-from pplr.stages.boundary import Crossing
+from pplr.stages.boundary import Crossing, Guard
 from pplr.stages.cut import CutPlan
 from pplr.stages.host import StageHost
 from pplr.stages.optimizer import LocalObjective, StageOptimizer
@@ -86,8 +87,14 @@ class CutModel:
             start[name] = self.backbone.initial_end(name, shape, source)
         return start
 
-    def client(self, name: str, initial: Mapping[str, Tensor]) -> ClientModel:
-        """Admit a client: it costs an adapter and an optimizer, and no copy of the base."""
+    def client(self, name: str, initial: Mapping[str, Tensor], guard: Guard | None = None) -> ClientModel:
+        """Admit a client: it costs an adapter and an optimizer, and no copy of the base.
+
+        Args:
+            name: The client's, with a purpose where it is admitted more than once.
+            initial: The adapter to start from.
+            guard: What it does to what it sends across the cut; nothing when absent.
+        """
         check_adapter(initial, self.shapes, whose=f"client {name}'s initial adapter")
         transport: Transport | None = None
         if self._connect is not None:
@@ -98,7 +105,7 @@ class CutModel:
             transport = LocalTransport(self.host, name)
         if transport is not None:
             self._transports[name] = transport
-        return ClientModel(self.input, self.output, transport, initial, self.training)
+        return ClientModel(self.input, self.output, transport, initial, self.training, guard)
 
     def dismiss(self, name: str) -> None:
         """Let go of what the server's side keeps in memory for a client, if it was ever admitted."""
@@ -142,6 +149,7 @@ class ClientModel:
         transport: The way to the middle blocks; ``None`` when the model is not cut.
         initial: The adapter to start from.
         training: The optimizer's settings.
+        guard: What is done to states and gradients before they cross; nothing when absent.
     """
 
     def __init__(
@@ -151,9 +159,11 @@ class ClientModel:
         transport: Transport | None,
         initial: Mapping[str, Tensor],
         training: TrainingConfig,
+        guard: Guard | None = None,
     ) -> None:
         self.backbone = input_stage.backbone
         self.transport = transport
+        self.guard = guard
         self._stages = (input_stage, output_stage)
         self._members = tuple(Member(stage, initial, training) for stage in self._stages)
         self._step = 0
@@ -170,7 +180,7 @@ class ClientModel:
         if not self._constants_are_old or self.keeps_constants:
             return
         trained = {name: tensor for name, tensor in self.adapter().items() if name not in self.backbone.constant}
-        fresh = self.backbone.constants(self.hidden_states, adapter_sha256(trained))
+        fresh = self.backbone.constants(partial(self.hidden_states, public=True), adapter_sha256(trained))
         for member in self._members:
             member.set_adapter(fresh)
         self._constants_are_old = False
@@ -198,25 +208,42 @@ class ClientModel:
         call = StageCall(dropout_seed=dropout_seed, lengths=batch.lengths)
         states = self._stages[0].run(self._members[0], states, call)
         if self.transport is not None:
+            states = self._guarded(states, batch.lengths)
             if not states.requires_grad:
                 states = states.detach().requires_grad_(True)
             self._step += 1
-            states = Crossing.apply(states, batch.lengths, self.transport, call, self._step)
+            scales: list[Tensor] = []
+            outgoing = partial(self._guarded_gradient, batch.lengths, scales)
+            states = Crossing.apply(states, batch.lengths, self.transport, call, self._step, outgoing)
+            states = self._stages[1].run(self._members[1], states, call)
+            loss = self.backbone.loss(states, batch, self._members[1].ends)
+            if self.guard is not None:
+                loss.register_hook(scales.append)
+            return loss
         states = self._stages[1].run(self._members[1], states, call)
         return self.backbone.loss(states, batch, self._members[1].ends)
 
+    def _guarded(self, states: Tensor, lengths: Tensor | None = None, *, public: bool = False) -> Tensor:
+        return states if self.guard is None else self.guard.states(states, lengths, public=public)
+
+    def _guarded_gradient(self, lengths: Tensor, scales: Sequence[Tensor], gradient: Tensor) -> Tensor:
+        """Guard a gradient by how much the summed loss was scaled, which its own gradient says."""
+        return gradient if self.guard is None else self.guard.gradient(gradient, lengths, float(scales[-1]))
+
     @torch.no_grad()
-    def hidden_states(self, batch: Batch, *, adapter: bool = True) -> Tensor:
+    def hidden_states(self, batch: Batch, *, adapter: bool = True, public: bool = False) -> Tensor:
         """Run a batch without keeping anything: (B, T) -> (B, T, D), before the final norm.
 
         Args:
             batch: Padded on the right.
             adapter: Whether the adapter takes part; without it these are the base model's states.
+            public: Whether the batch holds nothing of a user.
         """
         call = StageCall(adapter=adapter, lengths=batch.lengths)
         states = self.backbone.embed(batch.input_ids, self._members[0].ends)
         states = self._stages[0].run(self._members[0], states, call)
         if self.transport is not None:
+            states = self._guarded(states, batch.lengths, public=public)
             states = self.transport.forward(states, batch.lengths, call, keep_as=None)
         return self._stages[1].run(self._members[1], states, call)
 
@@ -244,7 +271,7 @@ class ClientModel:
         states = self.backbone.embed(input_ids, self._members[0].ends)
         states = self._stages[0].run(self._members[0], states, call, cache.input)
         if self.transport is not None and cache.middle is not None:
-            states = self.transport.decode(states, call, cache.middle)
+            states = self.transport.decode(self._guarded(states), call, cache.middle)
         return self._stages[1].run(self._members[1], states, call, cache.output)
 
     def reorder(self, cache: GenerationCache, rows: Tensor) -> None:
