@@ -167,6 +167,10 @@ class ItemVectorsConfig(_Section):
     negatives: int | None = Field(default=None, ge=1)
     """Items that a batch's targets are compared with, drawn anew for each batch; the whole catalog when absent."""
 
+    secret_projection: bool = False
+    """The projection that takes items into the first block never leaves the client, and starts from the client's own
+    secret rather than from `run.seed`, so that a server has no copy of it to try items with."""
+
     residuals: Literal["none", "client", "mixed"] = "none"
     """A learned vector for each item besides its text, which carries interactions. `client`: it never leaves the
     client. `mixed`: it is exchanged like an adapter. Items that nobody took have none of use."""

@@ -125,7 +125,7 @@ def test_a_run_does_not_go_on_without_its_secret_and_noise_needs_one(tmp_path, s
     (tmp_path / "run" / "privacy" / "1.key").unlink()
     with refuses(RunError, "1.key is missing"):
         train(config, tmp_path / "run", resume=True, backbone=backbone)
-    with refuses(ConfigError, "noise without a secret"):
+    with refuses(ConfigError, "without a secret"):
         Assembly(config, Silent(), backbone).federation()
 
 

@@ -33,9 +33,10 @@ from pplr.errors import ConfigError, PartitionError, RunError, nearest
 from pplr.federation.client import FederatedClient, Validate
 from pplr.federation.methods import make_method
 from pplr.federation.rounds import Federation
+from pplr.privacy.coins import SecretCoins
 from pplr.privacy.ledger import Ledger
 from pplr.privacy.refusals import refuse_lies
-from pplr.privacy.secret import client_secret, secret_path
+from pplr.privacy.secret import client_secret, derived, secret_path
 from pplr.privacy.states import StateGuard
 from pplr.progress import Progress
 from pplr.recommend.evaluation import Ranker, evaluate
@@ -238,9 +239,24 @@ class Assembly:
         nonce = os.urandom(16).hex() if purpose == "recommend" else ""
         return StateGuard(states, secret, "\x1f".join([client, purpose, nonce]))
 
+    @property
+    def _draws_secretly(self) -> bool:
+        vectors = self.config.backbone.item_vectors
+        return self.config.privacy.states.is_noisy or (
+            self.config.backbone.name == "item_vectors" and vectors.secret_projection
+        )
+
+    def start_of(self, client: str) -> AdapterState:
+        """Say what a client starts from: the one initial adapter, and what only it knows of its own."""
+        config = self.config.backbone
+        if config.name != "item_vectors" or not config.item_vectors.secret_projection:
+            return self.initial
+        coins = SecretCoins(derived(self._secret(client), "projection", client))
+        return self.initial | self.model.secret_start(lambda shape: torch.from_numpy(coins.gaussian(shape)).float())
+
     def _secret(self, client: str) -> bytes:
         if self._secrets is None:
-            raise ConfigError("noise without a secret", cure="Say in which folder the clients keep theirs.")
+            raise ConfigError("something to draw without a secret", cure="Say in which folder the clients keep theirs.")
         return client_secret(self._secrets, client)
 
     def check_secrets(self) -> None:
@@ -249,7 +265,7 @@ class Assembly:
         Raises:
             RunError: One is missing.
         """
-        for name in self.trainers if self.config.privacy.states.is_noisy else ():
+        for name in self.trainers if self._draws_secretly else ():
             if self._secrets is not None and not (path := secret_path(self._secrets, name)).exists():
                 raise RunError(
                     f"{path} is missing, and the run has used it", cure="Put it back, or train anew in another folder."
@@ -341,8 +357,9 @@ class Assembly:
             if ledgers is None:
                 raise ConfigError("private training without a ledger", cure="Say in which folder the client keeps it.")
             books = Ledger(ledgers, name, private, sha256_bytes(repr(list(samples)).encode()))
-        personal = self.admit(name, self.initial, "personal") if self.method.personal else None
-        model, validation = self.admit(name, self.initial), self._validation(name)
+        start = self.start_of(name)
+        personal = self.admit(name, start, "personal") if self.method.personal else None
+        model, validation = self.admit(name, start), self._validation(name)
         owners = [sample.user for sample in samples]
         return FederatedClient(name, self.encode(samples), model, validation, personal, owners, books)
 

@@ -20,7 +20,7 @@ from pplr.backbones.adapters import (
     initial_adapter,
     natural_order,
 )
-from pplr.backbones.base import Backbone, Batch
+from pplr.backbones.base import Backbone, Batch, Normal
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import CheckpointError, ConfigError, TransportError
 from pplr.seeds import derive_seed
@@ -86,6 +86,10 @@ class CutModel:
             source = torch.Generator().manual_seed(derive_seed(seed, "initial adapter", name))
             start[name] = self.backbone.initial_end(name, shape, source)
         return start
+
+    def secret_start(self, normal: Normal) -> AdapterState:
+        """Draw what a client starts from a secret of its own; nothing for most backbones."""
+        return self.backbone.secret_start(self.input.end_shapes | self.output.end_shapes, normal)
 
     def client(self, name: str, initial: Mapping[str, Tensor], guard: Guard | None = None) -> ClientModel:
         """Admit a client: it costs an adapter and an optimizer, and no copy of the base.
