@@ -68,6 +68,13 @@ class TestLabelGradients(AuditContract):
     finds: ClassVar = {"causal_lm": 0.9, "item_vectors": 0.9}
 
 
+class TestLabelGradientsOfEveryPosition(AuditContract):
+    audit = "label_gradients"
+    cut = (0, 0)
+    levels = ("own",)
+    finds: ClassVar = {"item_vectors": 0.7}  # all but the first of at least three
+
+
 class TestLabelGradientsBehindABlock(AuditContract):
     audit = "label_gradients"
     metric = "target_hit@1"
