@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=20)
     parser.add_argument("--cut", nargs="+", default=[], metavar="K,M")
     parser.add_argument("--noise", nargs="+", type=float, default=list(SWEPT_NOISES))
+    parser.add_argument("--guard", nargs="+", default=[], metavar="FIELD=VALUE,...")
+    parser.add_argument("--passes", nargs="+", type=int, default=[1])
     parser.add_argument("--attack", nargs="+", default=[])
     parser.add_argument("--has", nargs="+", default=[])
     arguments = parser.parse_args()
@@ -45,6 +47,8 @@ def main() -> None:
                 users=arguments.users,
                 cuts=cuts,
                 noises=arguments.noise,
+                passes=arguments.passes,
+                guards=[[part for part in own.split(",") if part] for own in arguments.guard],
                 seed=seed,
             )
             told.append(audit_run(run, settings))

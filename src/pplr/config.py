@@ -29,6 +29,7 @@ __all__ = [
     "PromptConfig",
     "RunConfig",
     "RuntimeConfig",
+    "StatePrivacyConfig",
     "TrainingConfig",
     "UserPrivacyConfig",
 ]
@@ -170,6 +171,10 @@ class ItemVectorsConfig(_Section):
 
     negatives: int | None = Field(default=None, ge=1)
     """Items that a batch's targets are compared with, drawn anew for each batch; the whole catalog when absent."""
+
+    secret_projection: bool = False
+    """The projection that takes items into the first block never leaves the client, and starts from the client's own
+    secret rather than from `run.seed`, so that a server has no copy of it to try items with."""
 
     residuals: Literal["none", "client", "mixed"] = "none"
     """A learned vector for each item besides its text, which carries interactions. `client`: it never leaves the
@@ -405,11 +410,66 @@ class UserPrivacyConfig(_Section):
         return self.noise_multiplier is not None
 
 
+class StatePrivacyConfig(_Section):
+    """What a client does to what it sends across the cut; docs/privacy.md says what each setting is worth."""
+
+    clip_norm: float | None = Field(default=None, gt=0)
+    """C: the most that one token's hidden state may measure at the first cut; longer ones are scaled down to it."""
+
+    noise: Literal["none", "gaussian", "metric"] = "none"
+    """Added to every hidden state at the first cut. `gaussian`: normal noise of `noise_multiplier` times `clip_norm`.
+    `metric`: noise of density proportional to exp(-`eta` times its length), which hides near states from each other."""
+
+    noise_multiplier: float | None = Field(default=None, gt=0)
+    """With `gaussian`: the noise's standard deviation in each dimension, in units of `clip_norm`."""
+
+    eta: float | None = Field(default=None, gt=0)
+    """With `metric`: η, by which two states at a distance of 1 may be told apart; smaller hides more. The noise is
+    about D/η long, D being the model's width."""
+
+    gradient_clip_norm: float | None = Field(default=None, gt=0)
+    """The most that a token's gradient may measure at the second cut, for the loss summed over a batch's targets."""
+
+    gradient_noise_multiplier: float | None = Field(default=None, gt=0)
+    """Standard deviation of normal noise on those gradients, in units of `gradient_clip_norm`; none when absent.
+    Without it a server reads the targets, whatever is done to the states."""
+
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    """δ at which ε of normal noise is told."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is done."""
+        return self.clip_norm is not None or self.noise != "none" or self.gradient_clip_norm is not None
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether anything is drawn."""
+        return self.noise != "none" or self.gradient_noise_multiplier is not None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.noise == "gaussian" and (self.noise_multiplier is None or self.clip_norm is None):
+            raise ValueError("noise: gaussian needs noise_multiplier and clip_norm: without a bound it gives no ε")
+        if self.noise == "metric" and self.eta is None:
+            raise ValueError("noise: metric needs eta")
+        if self.noise != "gaussian" and self.noise_multiplier is not None:
+            raise ValueError("noise_multiplier goes with noise: gaussian alone")
+        if self.noise != "metric" and self.eta is not None:
+            raise ValueError("eta goes with noise: metric alone")
+        if self.gradient_noise_multiplier is not None and self.gradient_clip_norm is None:
+            raise ValueError("gradient_noise_multiplier needs gradient_clip_norm")
+        return self
+
+
 class PrivacyConfig(_Section):
     """What guards the users."""
 
     dp: UserPrivacyConfig = UserPrivacyConfig()
     """User-level differential privacy."""
+
+    states: StatePrivacyConfig = StatePrivacyConfig()
+    """Clipping of and noise on what crosses the cut."""
 
 
 class EvaluationConfig(_Section):
@@ -521,6 +581,8 @@ class Config(_Section):
     def _fits_together(self) -> Self:
         if self.adapter.kind == "full" and self.training.recompute:
             raise ValueError("training.recompute goes with adapter.kind: lora alone")
+        if self.privacy.states.is_on and self.cut is None:
+            raise ValueError("privacy.states needs a cut: of a model that is not cut nothing crosses")
         return self
 
     def to_yaml(self) -> str:

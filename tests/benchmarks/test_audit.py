@@ -51,6 +51,15 @@ def test_the_table_is_of_all_seeds() -> None:
     assert "`python -m benchmarks.audit c.yaml --name x`" in body
 
 
+def test_what_was_done_to_states_is_in_the_row() -> None:
+    guarded = content(0.8)
+    guarded["settings"][0] |= {"guard": "metric noise η 4", "passes": 12}
+    kept = {"machine": {"processor": "CPU", "threads": 1}, "command": "python -m x", "seeds": [guarded]}
+    body = privacy_section("x", kept).body
+    assert "| 1, 0 | metric noise η 4, mean of 12 passes | 0.0800 | walk |" in body
+    assert "| 1, 1 | 0 | 0.0800 | lens |" in body
+
+
 def test_every_seed_is_audited_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[int] = []
 

@@ -7,8 +7,10 @@ from typing import ClassVar
 import pytest
 import torch
 
+from pplr.config import StatePrivacyConfig
 from pplr.privacy.audits import inverter, label_gradients, make_audit
 from pplr.privacy.observing import Observation
+from pplr.privacy.states import StateGuard
 from pplr.testing.audits import AuditContract, Scene
 
 
@@ -66,6 +68,13 @@ class TestLabelGradients(AuditContract):
     finds: ClassVar = {"causal_lm": 0.9, "lists": 0.9, "item_vectors": 0.9}
 
 
+class TestLabelGradientsOfEveryPosition(AuditContract):
+    audit = "label_gradients"
+    cut = (0, 0)
+    levels = ("own",)
+    finds: ClassVar = {"item_vectors": 0.7}  # all but the first of at least three
+
+
 class TestLabelGradientsBehindABlock(AuditContract):
     audit = "label_gradients"
     metric = "target_hit@1"
@@ -98,6 +107,45 @@ class TestLabelLens(_Predicting):
 class TestLabelLensBehindABlock(_Predicting):
     __test__ = True
     cut = (0, 1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        StatePrivacyConfig(clip_norm=1.0, noise="gaussian", noise_multiplier=0.4),
+        StatePrivacyConfig(clip_norm=1.0, noise="metric", eta=16.0),
+    ],
+    ids=["gaussian", "metric"],
+)
+def test_the_mean_of_many_passes_tells_more_than_one(config):
+    scene = Scene("item_vectors", (0, 1))
+    attacker = scene.attacker("own", StateGuard(config, bytes(32), "attacker"))
+    found = []
+    for passes in (1, 64):
+        seen = scene.seen(StateGuard(config, bytes(32), "client"), passes)
+        found.append(scene.mean(make_audit("vocabulary_matching").attack(seen, attacker), "token_recovery"))
+    assert found[0] < 0.7
+    assert found[1] > found[0] + 0.2
+
+
+def test_a_clip_alone_hides_nothing_from_who_clips_candidates_too():
+    config = StatePrivacyConfig(clip_norm=0.01)
+    scene = Scene("item_vectors", (1, 1))
+    guard = StateGuard(config, b"", "client")
+    blind = make_audit("vocabulary_matching").attack(scene.seen(guard), scene.attacker("own"))
+    knowing = make_audit("vocabulary_matching").attack(scene.seen(guard), scene.attacker("own", guard))
+    assert scene.mean(knowing, "token_recovery") > 0.9
+    assert scene.mean(blind, "token_recovery") < scene.mean(knowing, "token_recovery")
+
+
+def test_noise_on_gradients_hides_the_target_and_many_passes_bring_it_back():
+    config = StatePrivacyConfig(gradient_clip_norm=0.1, gradient_noise_multiplier=2.0)
+    scene = Scene("item_vectors", (0, 0))
+    found = []
+    for passes in (1, 512):
+        seen = scene.seen(StateGuard(config, bytes(32), "client"), passes)
+        found.append(scene.mean(make_audit("label_gradients").attack(seen, scene.attacker("own")), "target_hit@1"))
+    assert found[0] < 0.5 < found[1]
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -80,14 +80,14 @@ PRIVATE = ("privacy.dp.sampling_rate=0.2", "privacy.dp.users_per_step=12")
 
 @pytest.mark.parametrize("noise", [0.7, 4.0])
 def test_the_bound_lies_below_the_claimed_epsilon(backbone, catalog, tmp_path, noise, monkeypatch):
-    monkeypatch.setattr("pplr.privacy.ledger.new_secret", lambda: bytes(range(32)))
+    monkeypatch.setattr("pplr.privacy.secret.new_secret", lambda: bytes(range(32)))
     told, ledger = audit(backbone, catalog, tmp_path, *PRIVATE, f"privacy.dp.noise_multiplier={noise}")
     assert told.epsilon < ledger.epsilon()
 
 
 def test_a_claim_whose_noise_is_missing_is_found_out(backbone, catalog, tmp_path, monkeypatch):
     """So what keeps the bound down above is the noise, not the clipping or the drawing."""
-    monkeypatch.setattr("pplr.privacy.ledger.new_secret", lambda: bytes(range(32)))
+    monkeypatch.setattr("pplr.privacy.secret.new_secret", lambda: bytes(range(32)))
     monkeypatch.setattr("pplr.privacy.coins.SecretCoins.gaussian", lambda self, shape: np.zeros(tuple(shape)))
     told, ledger = audit(backbone, catalog, tmp_path, *PRIVATE, "privacy.dp.noise_multiplier=8")
     assert told.epsilon > 1.5 > ledger.epsilon()

@@ -63,6 +63,41 @@ def test_generated_titles_are_read_too(finished: Callable[..., Run]) -> None:
     assert found(content, "catalog_matching", "own", "item_f1") > 0.9
 
 
+def test_a_guarded_run_is_attacked_behind_its_guard_and_passes_add_up(item_run: Run, tmp_path: Path) -> None:
+    from pplr.runtimes.in_process import train
+
+    raw = item_run.config.model_dump(mode="json")
+    raw["privacy"]["states"] |= {
+        "clip_norm": 0.5,
+        "noise": "metric",
+        "eta": 8.0,
+        "gradient_clip_norm": 0.1,
+        "gradient_noise_multiplier": 20.0,
+    }
+    run = train(type(item_run.config).model_validate(raw), tmp_path / "run")
+    settings = AuditSettings(
+        ("vocabulary_matching", "label_gradients"), ("own",), users=4, cuts=((0, 1),), passes=(1, 40)
+    )
+    content = audit_run(run, settings)
+    once, often = (found(content, "vocabulary_matching", "own", "token_recovery", place) for place in (0, 1))
+    bare = found(audit_run(item_run, settings), "vocabulary_matching", "own", "token_recovery")
+    assert once + 0.2 < often <= bare == 1.0
+    for setting in content["settings"]:
+        assert "metric noise η 8" in setting["guard"]
+        assert {"mean", "users"} <= setting["worth_unguarded"].keys()
+    assert audit_run(run, settings)["settings"][0]["worth"] == content["settings"][0]["worth"]
+    assert audit_run(item_run, settings)["settings"][0]["worth_unguarded"] is None
+    words = ["clip_norm=0.5", "noise=metric", "eta=8", "gradient_clip_norm=0.1", "gradient_noise_multiplier=20"]
+    tried = make_settings(audits=settings.audits, knowledge=["own"], users=4, cuts=[(0, 1)], guards=[[], words])
+    assert tried.guards[1] == run.config.privacy.states
+    bare, guarded = audit_run(item_run, tried)["settings"]
+    assert bare["guard"] is None
+    assert guarded["guard"] == content["settings"][0]["guard"]
+    assert guarded["audits"] != bare["audits"]
+    with refuses(ConfigError, "passes of"):
+        AuditSettings(passes=(0,))
+
+
 def test_the_same_seed_gives_the_same_figures(item_run: Run) -> None:
     settings = AuditSettings(users=3, audits=("nearest_embedding",), noises=(1.0,), seed=5)
     one, other = (audit_run(item_run, settings) for _ in range(2))
@@ -98,7 +133,8 @@ def test_what_cannot_be_audited_is_refused(item_run: Run, tmp_path: Path) -> Non
 
 def test_the_command_prints_tables_and_ends_with_the_verdict(item_run: Run) -> None:
     arguments = ["audit", str(item_run.folder), "--users", "3", "--attack", "nearest_embedding", "--has", "own"]
-    result = CliRunner().invoke(app, [*arguments, "--sweep", "--noise", "0", "--noise", "2"])
+    result = CliRunner().invoke(app, [*arguments, "--sweep", "--noise", "0", "--noise", "2", "--passes", "3"])
+    assert "mean of 3 passes" in result.output
     assert result.exit_code == 0, result.output
     content = json.loads((item_run.folder / "audit.json").read_text())
     assert " ".join(result.stdout.split()).endswith(" ".join(content["verdict"].split()))

@@ -18,6 +18,7 @@ from pplr.config import BackboneConfig, Config
 from pplr.errors import BackboneError
 from pplr.progress import Silent
 from pplr.runtimes.address import StageServerAt
+from pplr.runtimes.auditing import AuditSettings, audit_run
 from pplr.runtimes.identity import enroll_client, init_federation, read_server
 from pplr.runtimes.in_process import train
 from pplr.runtimes.stage_server import StageServer
@@ -128,3 +129,56 @@ def test_the_first_blocks_alone_can_be_used(tmp_path, config, model_folder) -> N
     assert not any(".layers.2." in name for name in load_adapter(run.folder / "clients" / "0"))
     with refuses(BackboneError, "backbone.keep_blocks is 4, and the model has 3 blocks"):
         load_backbone(BackboneConfig(model=str(model_folder), keep_blocks=4))
+
+
+def test_a_secret_projection_stays_at_home_and_starts_from_each_client_s_own_secret(tmp_path, config) -> None:
+    settings = ("backbone.item_vectors.secret_projection=true", "run.keep_rounds=true")
+    run = train(config(*settings), tmp_path / "run")
+    names = {"item_in.weight", "item_in.hidden.weight", "item_in.back.weight"}
+    assert run.assembly().backbone.private == names
+    assert not names & run.assembly().exchanged(run.assembly().initial).keys()
+    local, mixed = (
+        {name: load_file(run.folder / "rounds" / "1" / name / f"{part}.safetensors") for name in CLIENTS}
+        for part in ("local", "mixed")
+    )
+    starts = {name: run.assembly().start_of(name) for name in CLIENTS}
+    for name in CLIENTS:
+        for key in names:
+            assert torch.equal(mixed[name][key], local[name][key])
+        others = [starts[other] for other in CLIENTS if other != name] + [run.assembly().initial]
+        own = starts[name]["item_in.weight"]
+        assert all(abs(_cosine(own, other["item_in.weight"])) < 0.3 for other in others)
+        assert _cosine(own, local[name]["item_in.weight"]) > 0.3
+        public = float(run.assembly().initial["item_in.weight"].std())
+        assert float(own.std()) == pytest.approx(public, rel=0.2)
+        shared = starts[name].keys() - names
+        assert all(torch.equal(starts[name][key], run.assembly().initial[key]) for key in shared)
+
+
+def test_a_run_with_a_secret_projection_that_was_stopped_ends_as_one_that_never_was(
+    tmp_path, config, monkeypatch
+) -> None:
+    class Stop(Silent):
+        def server_round(self, record: Any) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("pplr.privacy.secret.new_secret", lambda: bytes(range(32)))
+    settings = ("backbone.item_vectors.secret_projection=true", "federation.method=ditto")
+    whole = train(config(*settings), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(config(*settings), tmp_path / "stopped", progress=Stop())
+    resumed = train(config(*settings), tmp_path / "stopped", resume=True)
+    assert same_adapters(resumed.folder, whole.folder)
+
+
+def test_a_secret_projection_is_read_by_who_has_it_and_not_by_who_has_the_rest(tmp_path, config) -> None:
+    run = train(config("backbone.item_vectors.secret_projection=true", "federation.rounds=1"), tmp_path / "run")
+    content = audit_run(run, AuditSettings(("vocabulary_matching",), users=4, cuts=((0, 1),)))
+    found = {own["knowledge"]: own["token_recovery"]["mean"] for own in content["settings"][0]["audits"]}
+    assert set(found) == {"own", "exchanged", "mixed", "base", "pairs"}
+    assert found["own"] == found["pairs"] == 1.0
+    assert max(found["exchanged"], found["mixed"], found["base"]) < 0.5
+
+
+def _cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(torch.cosine_similarity(one.flatten(), other.flatten(), dim=0))

@@ -53,7 +53,7 @@ SPENT = [epsilon_of([(STEPS * rounds, 0.5, 1.0)], 1e-5) for rounds in range(ROUN
 @pytest.fixture(autouse=True)
 def _known_secret(monkeypatch):
     """Two runs are the same only if their secrets are."""
-    monkeypatch.setattr("pplr.privacy.ledger.new_secret", lambda: bytes(range(32)))
+    monkeypatch.setattr("pplr.privacy.secret.new_secret", lambda: bytes(range(32)))
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes_and_spends_nothing_twice(tmp_pa
 
 def test_another_secret_gives_another_run(tmp_path, config, backbone, monkeypatch):
     first = train(config, tmp_path / "first", backbone=backbone)
-    monkeypatch.setattr("pplr.privacy.ledger.new_secret", lambda: bytes(32))
+    monkeypatch.setattr("pplr.privacy.secret.new_secret", lambda: bytes(32))
     other = train(config, tmp_path / "other", backbone=backbone)
     assert adapters(first.folder).keys() == adapters(other.folder).keys()
     assert adapters(first.folder) != adapters(other.folder)
@@ -156,7 +156,7 @@ def test_what_was_booked_before_a_crash_stays_booked(tmp_path, config, backbone,
         train(config, tmp_path / "crashed", backbone=backbone)
     assert [len(booked(tmp_path / "crashed", name)) for name in "012"] == [2, 2, 1]
     monkeypatch.undo()
-    monkeypatch.setattr("pplr.privacy.ledger.new_secret", lambda: bytes(99))  # it has one already
+    monkeypatch.setattr("pplr.privacy.secret.new_secret", lambda: bytes(99))  # it has one already
     run = train(config, tmp_path / "crashed", resume=True, backbone=backbone)
     assert adapters(run.folder) == adapters(undisturbed.folder)
     assert run.metrics["privacy"]["epsilon"] == dict.fromkeys("012", SPENT[-1])

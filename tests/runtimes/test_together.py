@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pplr.config import AdapterConfig, TrainingConfig
+from pplr.config import AdapterConfig, StatePrivacyConfig, TrainingConfig
 from pplr.errors import PplrError, ServerLostError, TransportError
+from pplr.privacy.states import StateGuard
 from pplr.runtimes import codec
 from pplr.runtimes import stage_pb2 as pb
 from pplr.runtimes.identity import enroll_client, init_federation, read_kit, read_server
@@ -257,17 +258,22 @@ def test_what_a_pass_of_several_may_hold_is_bounded() -> None:
     assert meetings.attend("other key", Guest("d", 1, None), everybody) not in (first, second)
 
 
+@pytest.mark.parametrize("guarded", [False, True])
 @pytest.mark.parametrize("in_flight", [2, 3, 4])
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_micro_batches_in_flight_have_the_same_bits(federation, serve, in_flight, count) -> None:
+def test_micro_batches_in_flight_have_the_same_bits(federation, serve, in_flight, count, guarded) -> None:
     backbone = tiny_backbone()
     local = CutModel(backbone, PLAN, ADAPTER, TRAINING, in_flight=in_flight)
     start = random_adapter(local.shapes, seed=3, scale=0.1)
     server = serve(together=1)
     models = [connect(server, federation / "one"), connect(server, federation / "two", in_flight)]
     models.append(local.client("local", start))
+    noise = StatePrivacyConfig(
+        clip_norm=1, noise="gaussian", noise_multiplier=0.3, gradient_clip_norm=0.1, gradient_noise_multiplier=0.3
+    )
     losses = []
     for model in models:
+        model.guard = StateGuard(noise, bytes(32), "client") if guarded else None
         model.set_adapter(start)
         model.begin_round(10)
         encoded = backbone.encode(tiny_samples(), tiny_catalog(), 3)

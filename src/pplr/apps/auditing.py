@@ -52,8 +52,12 @@ def audit_tables(content: Mapping[str, Any]) -> list[tuple[str, Table]]:
     for found in content["settings"]:
         cut, worth = found["cut"], found["worth"]
         heading = f"k {cut['input_layers']}, m {cut['output_layers']} of {cut['total_layers']} blocks"
+        heading += f", {found['guard']}" if found.get("guard") else ""
         heading += f", noise {found['noise']:g}" if found["noise"] else ""
+        heading += f", mean of {found['passes']} passes" if found.get("passes", 1) > 1 else ""
         heading += f"; {content['metric']} {figure(worth['mean'])} of {worth['users']} users"
+        if bare := found.get("worth_unguarded"):
+            heading += f", {figure(bare['mean'])} of {bare['users']} with the same adapters and nothing done to states"
         rows = [
             (own["audit"], own["knowledge"], *(_cell(own[name]) for name in SHOWN), figure(own["seconds"], digits=1))
             for own in found["audits"]

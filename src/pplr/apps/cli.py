@@ -275,7 +275,7 @@ def audit(
     ] = None,
     has: Annotated[
         list[str] | None,
-        typer.Option(help="Only attackers who have this: own, mixed, base or pairs. Repeatable."),
+        typer.Option(help="Only attackers who have this: own, exchanged, mixed, base or pairs. Repeatable."),
     ] = None,
     cut: Annotated[
         list[str] | None, typer.Option(metavar="K,M", help="Another cut than the run's own. Repeatable.")
@@ -283,6 +283,14 @@ def audit(
     noise: Annotated[
         list[float] | None,
         typer.Option(min=0, help="Noise on hidden states, as a multiple of their size. Repeatable."),
+    ] = None,
+    passes: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="How often a pass crosses with new noise; attackers see the mean. Repeatable."),
+    ] = None,
+    guard: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD=VALUE,...", help="As if the run had these settings of privacy.states. Repeatable."),
     ] = None,
     wire: Annotated[str | None, typer.Option(help="How states travel: exact, float32, bfloat16 or int8.")] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Several cuts and noises, and a plot.")] = False,
@@ -303,7 +311,15 @@ def audit(
             cuts = auditing.sweep_cuts(run.assembly(progress).backbone.total_layers)
         noises = noise or (auditing.SWEPT_NOISES if sweep else (0.0,))
         settings = make_settings(
-            audits=only or (), knowledge=has or (), users=users, cuts=cuts, noises=noises, wire=wire, seed=seed
+            audits=only or (),
+            knowledge=has or (),
+            users=users,
+            cuts=cuts,
+            noises=noises,
+            passes=passes or (1,),
+            guards=[own.split(",") for own in guard or ()],
+            wire=wire,
+            seed=seed,
         )
         content = audit_run(run, settings, progress)
     for heading, table in auditing.audit_tables(content):

@@ -32,6 +32,7 @@ def result_table(metrics: Mapping[str, Any], width: int | None = None) -> list[T
         _cost_table(metrics["cost"]).lines(width) if metrics.get("cost") else [],
         [Text(line) for line in _closing_lines(metrics)],
         [Text(line) for line in _privacy_lines(metrics["privacy"])] if metrics.get("privacy") else [],
+        [Text(line) for line in _state_lines(metrics["states"])] if metrics.get("states") else [],
     ]
     lines: list[Text] = []
     for section in filter(None, sections):
@@ -120,3 +121,7 @@ def _privacy_lines(privacy: Mapping[str, Any]) -> list[str]:
         f"({adjacency}); middle adapter {clean(privacy.get('middle') or '-')}",
         clean(privacy.get("note") or ""),
     ]
+
+
+def _state_lines(told: Mapping[str, Any]) -> list[str]:
+    return [f"what crosses the cut: {clean(told.get('summary') or '-')}", clean(told.get("note") or "")]

@@ -29,12 +29,15 @@ __all__ = [
     "Blocks",
     "End",
     "MatchingBackbone",
+    "Normal",
     "backbone_kind",
     "load_backbone",
     "register",
     "span_tensors",
 ]
 
+Normal = Callable[[tuple[int, ...]], Tensor]
+"""Draws standard normal numbers of a shape."""
 End = Literal["input", "output"]
 """One of the two ends of a model, both of which the client holds."""
 
@@ -269,6 +272,15 @@ class Backbone(ABC):
     def initial_end(self, name: str, shape: tuple[int, ...], source: torch.Generator) -> Tensor:
         """Draw the start of what is trained outside the blocks, float32."""
         return torch.zeros(shape)
+
+    def secret_start(self, shapes: Mapping[str, tuple[int, ...]], normal: Normal) -> dict[str, Tensor]:
+        """Draw the start of those private tensors that each client starts from a secret of its own; none by default.
+
+        Args:
+            shapes: Of what is trained outside the blocks.
+            normal: Draws standard normal numbers of a shape, which nobody else can tell.
+        """
+        return {}
 
     @property
     def private(self) -> frozenset[str]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pplr.backbones.arithmetic import is_widened
-from pplr.backbones.base import Batch, Blocks, End, MatchingBackbone, register
+from pplr.backbones.base import Batch, Blocks, End, MatchingBackbone, Normal, register
 from pplr.backbones.causal_lm import CausalLM, DecoderBlocks
 from pplr.backbones.losses import catalog_loss
 from pplr.backbones.slots import SeededDropout
@@ -32,6 +32,7 @@ __all__ = ["EncodedHistory", "ItemVectors", "item_texts", "whiten"]
 
 _IN, _STATE, _ITEM = "item_in.weight", "item_out.state.weight", "item_out.item.weight"
 _HIDDEN_IN, _BACK_IN = "item_in.hidden.weight", "item_in.back.weight"
+_PROJECTION_IN = (_IN, _HIDDEN_IN, _BACK_IN)
 _HIDDEN_ITEM, _BACK_ITEM = "item_out.item.hidden.weight", "item_out.item.back.weight"
 _RESIDUAL_IN, _RESIDUAL_OUT = "item_in.residual", "item_out.residual"
 _EIGENVALUE_FLOOR = 1e-3
@@ -202,18 +203,27 @@ class ItemVectors(MatchingBackbone):
 
     def initial_end(self, name: str, shape: tuple[int, ...], source: torch.Generator) -> Tensor:
         """Draw a projection; inputs start as large as token embeddings, hidden layers and residuals add zero."""
+        return self._start(name, shape, lambda own: torch.randn(own, generator=source))
+
+    def secret_start(self, shapes: Mapping[str, tuple[int, ...]], normal: Normal) -> dict[str, Tensor]:
+        """Draw the input projection from a client's own secret, where it is to stay there."""
+        own = [name for name in _PROJECTION_IN if name in shapes] if self.config.secret_projection else []
+        return {name: self._start(name, shapes[name], normal) for name in own}
+
+    def _start(self, name: str, shape: tuple[int, ...], normal: Normal) -> Tensor:
         if name in (_BACK_IN, _BACK_ITEM, _RESIDUAL_IN, _RESIDUAL_OUT):
             return torch.zeros(shape)
         size = 1.0
         if name == _IN:
             table = self.text.model.model.embed_tokens.weight
             size = float(table[:: max(1, len(table) // 1024)].float().std())
-        return torch.randn(shape, generator=source) * (size / math.sqrt(shape[1]))
+        return normal(shape) * (size / math.sqrt(shape[1]))
 
     @property
     def private(self) -> frozenset[str]:
-        """The residuals, where they stay on the client."""
-        return frozenset({_RESIDUAL_IN, _RESIDUAL_OUT} if self.config.residuals == "client" else ())
+        """The residuals and the input projection, where they stay on the client."""
+        residuals = {_RESIDUAL_IN, _RESIDUAL_OUT} if self.config.residuals == "client" else set()
+        return frozenset(residuals | set(_PROJECTION_IN if self.config.secret_projection else ()))
 
     # -- histories to batches ---------------------------------------------------------------------------------
 

@@ -115,6 +115,7 @@ class FederatedClient:
         Raises:
             FederationError: Training failed, or would go over the budget of the users' privacy.
         """
+        self._enter(f"train {server_round}")
         objective = method.objective()
         anchor: AdapterState | None = None
         if objective.proximal_mu > 0 or self.personal is not None:
@@ -149,6 +150,12 @@ class FederatedClient:
             return both  # what the personal adapter's training tells was not made private
         counts = {key: getattr(result, key) + getattr(own, key) for key in ("samples", "steps", "tokens", "targets")}
         return replace(both, loss=own.loss, **counts)
+
+    def _enter(self, occasion: str) -> None:
+        """Say what the next passes are for, so that a round that is done again is guarded as it was before."""
+        for model in (self.model, self.personal):
+            if model is not None and model.guard is not None:
+                model.guard.enter(occasion)
 
     def _start_sha256(self) -> str:
         """Hash everything but the data that a round of the exchanged adapter follows from."""
@@ -188,6 +195,7 @@ class FederatedClient:
         Raises:
             FederationError: A measured value is not finite.
         """
+        self._enter(f"validate {server_round}")
         measured = self._validate(self.serving)
         for name, value in measured.items():
             if value is not None and not math.isfinite(value):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri
+from scipy.special import gammaincinv, ndtri
 
 from pplr.errors import ConfigError
 
@@ -51,6 +51,24 @@ class SecretCoins:
     def gaussian(self, shape: Sequence[int]) -> NDArray[np.float64]:
         """Draw standard normal numbers of a shape."""
         return np.asarray(ndtri(self.uniform(math.prod(shape))), dtype=np.float64).reshape(tuple(shape))
+
+    def exponential(self, count: int, width: int, rate: float) -> NDArray[np.float64]:
+        """Draw vectors of density proportional to exp(-rate ‖z‖): an even direction, a Gamma(D, 1/rate) length.
+
+        Args:
+            count: How many.
+            width: D.
+            rate: η.
+
+        Returns:
+            (count, width).
+
+        Cites:
+            feyisetan2020metric
+        """
+        directions = self.gaussian((count, width))
+        lengths = gammaincinv(width, self.uniform(count)) / rate
+        return np.asarray(directions * (lengths / np.linalg.norm(directions, axis=1))[:, None])
 
     def seed(self) -> int:
         """Draw a seed in [0, 2^63)."""

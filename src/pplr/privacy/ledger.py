@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hmac
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,17 +12,11 @@ from pplr.errors import ConfigError, FederationError, RunError
 from pplr.federation.decisions import participants_of
 from pplr.privacy.accounting import Spending, epsilon_of
 from pplr.privacy.coins import SecretCoins
+from pplr.privacy.secret import client_secret, derived, secret_path
 from pplr.recommend.private_training import private_steps
-from pplr.storage import write_atomic, write_json
+from pplr.storage import write_json
 
-__all__ = ["Ledger", "coverage", "new_secret", "planned_epsilon", "refuse_over_budget"]
-
-_KEY_BYTES = 32
-
-
-def new_secret() -> bytes:
-    """Draw a secret from the operating system."""
-    return os.urandom(_KEY_BYTES)
+__all__ = ["Ledger", "coverage", "planned_epsilon", "refuse_over_budget"]
 
 
 class Ledger:
@@ -48,20 +40,14 @@ class Ledger:
         self.client = client
         self._private = private
         self._data = data_sha256
-        self._path, secret = folder / f"{client}.json", folder / f"{client}.key"
+        self._path, secret = folder / f"{client}.json", secret_path(folder, client)
         self._booked = self._read() if self._path.exists() else []
-        if not secret.exists():
-            if self._booked:
-                raise RunError(
-                    f"{secret} is missing, and {self._path} says that its randomness was used",
-                    cure="Put it back, or train anew in another folder; what is in the ledger stays spent.",
-                )
-            write_atomic(secret, new_secret(), mode=0o600)
-        self._secret = secret.read_bytes()
-        if secret.stat().st_mode & 0o077:
-            raise RunError(f"{secret} can be read by others than its owner", cure=f"Run chmod 600 {secret}.")
-        if len(self._secret) != _KEY_BYTES:
-            raise RunError(f"{secret} has {len(self._secret)} bytes, expected {_KEY_BYTES}", cure="Put it back.")
+        if self._booked and not secret.exists():
+            raise RunError(
+                f"{secret} is missing, and {self._path} says that its randomness was used",
+                cure="Put it back, or train anew in another folder; what is in the ledger stays spent.",
+            )
+        self._secret = client_secret(folder, client)
 
     def _read(self) -> list[dict[str, Any]]:
         try:
@@ -134,7 +120,7 @@ class Ledger:
             )
 
     def _derive(self, purpose: str, what: str) -> bytes:
-        return hmac.digest(self._secret, f"pplr {purpose}\x1f{what}".encode(), "sha256")
+        return derived(self._secret, purpose, what)
 
 
 def planned_epsilon(config: Config, names: Sequence[str]) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pplr.backbones.base import Backbone, Batch
@@ -15,6 +16,7 @@ from pplr.backbones.titles import EncodedSample, ListTokens
 from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample, shown_title
 from pplr.errors import ConfigError
+from pplr.stages.boundary import Guard
 from pplr.stages.model import ClientModel, CutModel
 from pplr.stages.stage import StageCall
 from pplr.stages.transport import Transport
@@ -97,18 +99,41 @@ class Spy:
 
 
 def observe(
-    model: CutModel, adapter: Mapping[str, Tensor], batch: Batch, through: Callable[[Tensor], Tensor]
+    model: CutModel,
+    adapter: Mapping[str, Tensor],
+    batch: Batch,
+    through: Callable[[Tensor], Tensor],
+    guard: Guard | None = None,
+    passes: int = 1,
 ) -> Observation:
-    """Run one user's training pass, without dropout, and keep what the server sees.
+    """Run one user's training pass, without dropout, and keep what the server sees: the mean of several, if asked.
 
     Args:
         model: The model as it is cut.
         adapter: The client's.
         batch: Of one row.
         through: What becomes of states on their way to the server.
+        guard: What the client does to what it sends.
+        passes: How often the pass crosses, each time with new noise.
     """
+    seen = [_observe_once(model, adapter, batch, through, guard) for _ in range(passes)]
+    gradients = [own.gradient for own in seen if own.gradient is not None]
+    return Observation(
+        torch.stack([own.states for own in seen]).mean(dim=0),
+        torch.stack([own.returned for own in seen]).mean(dim=0),
+        torch.stack(gradients).mean(dim=0) if gradients else None,
+    )
+
+
+def _observe_once(
+    model: CutModel,
+    adapter: Mapping[str, Tensor],
+    batch: Batch,
+    through: Callable[[Tensor], Tensor],
+    guard: Guard | None,
+) -> Observation:
     name = "audit"
-    client: ClientModel = model.client(name, adapter)
+    client: ClientModel = model.client(name, adapter, guard)
     try:
         if client.transport is None:
             raise ConfigError("the model is not cut, so a server sees nothing", cure="Set cut, or give --input-layers.")

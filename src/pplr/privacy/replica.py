@@ -34,9 +34,18 @@ class Replica:
         plan: The cut.
         config: LoRA's settings.
         adapter: What the attacker has: the client's own adapter, another's, or the initial one.
+        clip: What the client does to states without drawing anything, which the attacker does to its candidates' too.
     """
 
-    def __init__(self, backbone: Backbone, plan: CutPlan, config: AdapterConfig, adapter: AdapterState) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        plan: CutPlan,
+        config: AdapterConfig,
+        adapter: AdapterState,
+        clip: Callable[[Tensor], Tensor] = lambda states: states,
+    ) -> None:
+        self._clip = clip
         self.backbone = backbone
         self.plan = plan
         self._input = Stage(backbone, plan.input, config, "input")
@@ -132,7 +141,7 @@ class Replica:
             yield candidates[order], distances[order]
 
     def _distances(self, candidates: Tensor, seen: Tensor, past: int, cache: object) -> Tensor:
-        states = self._try(candidates, past, cache)
+        states = self._clip(self._try(candidates, past, cache))
         return (states - seen.to(states)).norm(dim=-1).cpu()
 
     def _extend(self, rows: Tensor, past: int, cache: object) -> Tensor:

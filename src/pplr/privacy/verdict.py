@@ -10,6 +10,7 @@ __all__ = ["share_found", "strongest", "verdict"]
 _MOST, _SOME = 0.5, 0.1
 _HAS = {
     "own": "the client's adapter",
+    "exchanged": "what the client sends of its adapter",
     "mixed": "the other clients' adapters",
     "base": "the public model alone",
     "pairs": "no weights, but states of public text",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,12 +29,15 @@ from pplr.data.prompts import (
     training_users,
 )
 from pplr.data.sources import load_dataset
-from pplr.errors import ConfigError, PartitionError, nearest
+from pplr.errors import ConfigError, PartitionError, RunError, nearest
 from pplr.federation.client import FederatedClient, Validate
 from pplr.federation.methods import make_method
 from pplr.federation.rounds import Federation
+from pplr.privacy.coins import SecretCoins
 from pplr.privacy.ledger import Ledger
 from pplr.privacy.refusals import refuse_lies
+from pplr.privacy.secret import client_secret, derived, secret_path
+from pplr.privacy.states import StateGuard
 from pplr.progress import Progress
 from pplr.recommend.evaluation import Ranker, evaluate
 from pplr.recommend.generative import GenerativeRanker, TitleSpace, read_texts
@@ -148,6 +152,7 @@ class Assembly:
         backbone: A loaded backbone, to share one between runs; loaded by the configuration when absent.
         stage_server: Hosts the middle blocks; this process hosts them when absent.
         own: Name of the one client that all of the data belong to; shared out among clients when absent.
+        secrets: Folder of the clients' secrets, where something is drawn that the server must not know.
     """
 
     def __init__(
@@ -157,7 +162,9 @@ class Assembly:
         backbone: Backbone | None = None,
         stage_server: StageServerAt | None = None,
         own: str | None = None,
+        secrets: Path | None = None,
     ) -> None:
+        self._secrets = secrets
         self.config = config
         self.progress = progress
         self.method = make_method(config.federation)
@@ -222,7 +229,48 @@ class Assembly:
 
     def admit(self, client: str, adapter: AdapterState, purpose: str = "") -> ClientModel:
         """Admit a client, or a second model of it for some purpose, with an adapter to start from."""
-        return self.model_of(client).client(f"{client} {purpose}".strip(), adapter)
+        return self.model_of(client).client(f"{client} {purpose}".strip(), adapter, self._guard(client, purpose))
+
+    def _guard(self, client: str, purpose: str) -> StateGuard | None:
+        """Make what guards a client's states; recommendations are asked for again, so each has noise of its own."""
+        states = self.config.privacy.states
+        if not states.is_on:
+            return None
+        secret = self._secret(client) if states.is_noisy else b""
+        nonce = os.urandom(16).hex() if purpose == "recommend" else ""
+        return StateGuard(states, secret, "\x1f".join([client, purpose, nonce]))
+
+    @property
+    def _draws_secretly(self) -> bool:
+        vectors = self.config.backbone.item_vectors
+        return self.config.privacy.states.is_noisy or (
+            self.config.backbone.name == "item_vectors" and vectors.secret_projection
+        )
+
+    def start_of(self, client: str) -> AdapterState:
+        """Say what a client starts from: the one initial adapter, and what only it knows of its own."""
+        config = self.config.backbone
+        if config.name != "item_vectors" or not config.item_vectors.secret_projection:
+            return self.initial
+        coins = SecretCoins(derived(self._secret(client), "projection", client))
+        return self.initial | self.model.secret_start(lambda shape: torch.from_numpy(coins.gaussian(shape)).float())
+
+    def _secret(self, client: str) -> bytes:
+        if self._secrets is None:
+            raise ConfigError("something to draw without a secret", cure="Say in which folder the clients keep theirs.")
+        return client_secret(self._secrets, client)
+
+    def check_secrets(self) -> None:
+        """Refuse to go on with a run whose clients have lost the secrets that it began with.
+
+        Raises:
+            RunError: One is missing.
+        """
+        for name in self.trainers if self._draws_secretly else ():
+            if self._secrets is not None and not (path := secret_path(self._secrets, name)).exists():
+                raise RunError(
+                    f"{path} is missing, and the run has used it", cure="Put it back, or train anew in another folder."
+                )
 
     def dismiss(self, client: str, purpose: str = "") -> None:
         """Let go of what the server's side keeps for what was admitted."""
@@ -305,23 +353,25 @@ class Assembly:
             ConfigError: Training is private, and there is no folder for the ledger.
             RunError: The ledger cannot be read.
         """
-        samples = self.backbone.divide(self._samples(name), self.data.dataset.catalog)
+        samples = self.backbone.divide(self.samples(name), self.data.dataset.catalog)
         private, books = self.config.privacy.dp, None
         if private.is_on:
             if ledgers is None:
                 raise ConfigError("private training without a ledger", cure="Say in which folder the client keeps it.")
             books = Ledger(ledgers, name, private, sha256_bytes(repr(list(samples)).encode()))
-        personal = self.admit(name, self.initial, "personal") if self.method.personal else None
-        model, validation = self.admit(name, self.initial), self._validation(name)
+        start = self.start_of(name)
+        personal = self.admit(name, start, "personal") if self.method.personal else None
+        model, validation = self.admit(name, start), self._validation(name)
         owners = [sample.user for sample in samples]
-        return FederatedClient(name, self._encode(samples), model, validation, personal, owners, books)
+        return FederatedClient(name, self.encode(samples), model, validation, personal, owners, books)
 
     def serving(self, federation: Federation) -> dict[str, FederatedClient]:
         """Say which trainer serves each client of the partition."""
         trainers = {client.name: client for client in federation.clients}
         return {name: trainers[POOLED if self.method.pooled else name] for name in self.data.partition.names}
 
-    def _samples(self, name: str) -> Sequence[Sample]:
+    def samples(self, name: str) -> Sequence[Sample]:
+        """Return the training samples of one who trains."""
         if name == POOLED:
             return [sample for own in self.data.samples.values() for sample in own]
         return self.data.samples[name]
@@ -331,14 +381,15 @@ class Assembly:
             return [case for own in self.data.validation.values() for case in own]
         return self.data.validation[name]
 
-    def _encode(self, samples: Sequence[Sample]) -> list[Any]:
+    def encode(self, samples: Sequence[Sample]) -> list[Any]:
+        """Encode samples as training does."""
         return self.backbone.encode(samples, self.data.dataset.catalog, self.config.data.history_items)
 
     def _validation(self, name: str) -> Validate:
         """Make the function that measures a client: the loss on its validation targets, or rankings."""
         cases = self._cases(name)
         if self.config.evaluation.validation_metric == "loss":
-            encoded = self._encode([Sample(c.user, c.history, target) for c in cases for target in c.targets])
+            encoded = self.encode([Sample(c.user, c.history, target) for c in cases for target in c.targets])
             size = self.config.evaluation.batch_size
             return lambda model: {"loss": evaluation_loss(model, encoded, size)}
 

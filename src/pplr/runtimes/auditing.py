@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from hashlib import sha256
+from itertools import product, takewhile
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -15,13 +16,15 @@ from torch import Tensor
 from pplr.backbones.adapters import AdapterState, check_adapter, load_adapter
 from pplr.backbones.base import Batch
 from pplr.backbones.causal_lm import CausalLM
-from pplr.config import CutConfig, RuntimeConfig
+from pplr.config import CutConfig, RuntimeConfig, StatePrivacyConfig
+from pplr.config_files import load_config
 from pplr.data.prompts import Sample
 from pplr.errors import ConfigError, RunError, nearest
 from pplr.privacy.audits import AUDITS, Attacker, Knowledge, make_audit
 from pplr.privacy.observing import Observation, Spy, observe, secret_of
 from pplr.privacy.replica import Replica
 from pplr.privacy.scoring import Reader, baseline, interval, resampled, score
+from pplr.privacy.states import StateGuard, described
 from pplr.privacy.verdict import verdict
 from pplr.progress import Progress, Silent
 from pplr.recommend.evaluation import evaluate
@@ -48,7 +51,10 @@ class AuditSettings:
         knowledge: What attackers have; every level that an attack can be run at when empty.
         users: Users whose passes are attacked.
         cuts: Pairs of k and m; the run's own when empty.
-        noises: Standard deviations of noise on hidden states, as multiples of theirs.
+        noises: Standard deviations of noise on hidden states, as multiples of theirs, over what the run does itself.
+        passes: How often each pass crosses, each time with new noise; attackers look at the mean.
+        guards: What clients do to what they send; the run's own ``privacy.states`` when empty. With another one a run
+            shows what that would hide, and what it costs a model that was trained without it.
         wire: How states travel; the run's own way when absent.
         ranked_users: Users whose rankings are measured where there is noise; all when absent.
         seed: Of the draws of users, auxiliary text and noise.
@@ -59,6 +65,8 @@ class AuditSettings:
     users: int = 20
     cuts: tuple[tuple[int, int], ...] = ()
     noises: tuple[float, ...] = (0.0,)
+    passes: tuple[int, ...] = (1,)
+    guards: tuple[StatePrivacyConfig, ...] = ()
     wire: Literal["exact", "float32", "bfloat16", "int8"] | None = None
     ranked_users: int | None = 200
     seed: int = 0
@@ -70,6 +78,8 @@ class AuditSettings:
             raise ConfigError(f"{self.users} users are to be audited", cure="Audit at least two, for an interval.")
         if any(not np.isfinite(noise) or noise < 0 for noise in self.noises):
             raise ConfigError(f"noise of {self.noises}", cure="Give 0 or more, as a multiple of the states' own size.")
+        if any(passes < 1 for passes in self.passes):
+            raise ConfigError(f"passes of {self.passes}", cure="Let each pass cross at least once.")
 
 
 def make_settings(
@@ -79,10 +89,14 @@ def make_settings(
     users: int = 20,
     cuts: Sequence[tuple[int, int]] = (),
     noises: Sequence[float] = (0.0,),
+    passes: Sequence[int] = (1,),
+    guards: Sequence[Sequence[str]] = (),
     wire: str | None = None,
     seed: int = 0,
 ) -> AuditSettings:
     """Check words that a person gave, and make settings of them.
+
+    A guard is a number of settings of ``privacy.states``, such as ``["clip_norm=36"]``.
 
     Raises:
         ConfigError: One of them is unknown.
@@ -101,6 +115,10 @@ def make_settings(
         users=users,
         cuts=tuple(cuts),
         noises=tuple(noises),
+        passes=tuple(passes),
+        guards=tuple(
+            load_config(overrides=[f"privacy.states.{own}" for own in told]).privacy.states for told in guards
+        ),
         wire=cast(Any, wire),
         seed=seed,
     )
@@ -151,12 +169,16 @@ class _Setting:
     Args:
         plan: The cut.
         noise: Its size, as a multiple of the states'.
-        through: What becomes of states on their way.
+        passes: How often each pass crossed.
+        guard: What clients did to what they sent.
+        through: What becomes of states on their way, the guard apart.
         seen: The passes, in the order of the secrets.
     """
 
     plan: CutPlan
     noise: float
+    passes: int
+    guard: StatePrivacyConfig
     through: Callable[[Tensor], Tensor]
     seen: Sequence[Observation]
 
@@ -177,8 +199,9 @@ class _Work:
         self.catalog = self.data.dataset.catalog
         self.reader = Reader(self.backbone, self.catalog)
         self.wire = settings.wire or run.config.runtime.wire
-        self._attackers: dict[tuple[str, str, CutPlan, float], Attacker] = {}
-        self._done: dict[tuple[str, str, int, float], dict[str, Any]] = {}
+        self._attackers: dict[tuple[object, ...], Attacker] = {}
+        self._done: dict[tuple[object, ...], dict[str, Any]] = {}
+        self._worths: dict[tuple[object, ...], dict[str, Any]] = {}
         cutoffs = run.config.evaluation.cutoffs
         self.metric = f"ndcg@{10 if 10 in cutoffs else cutoffs[0]}"
         names = self.data.partition.names
@@ -217,10 +240,11 @@ class _Work:
         """Audit one cut, at each noise."""
         config = self.run.config
         model = CutModel(self.backbone, plan, config.adapter, config.training)
-        for noise in self.settings.noises:
+        guards = self.settings.guards or (config.privacy.states,)
+        for guard, noise, passes in product(guards, self.settings.noises, self.settings.passes):
             through = self._through(plan, noise)
-            seen = [self._observe(model, name, sample, through) for name, sample in self.drawn]
-            own = _Setting(plan, noise, through, seen)
+            seen = [self._observe(model, name, sample, through, guard, passes) for name, sample in self.drawn]
+            own = _Setting(plan, noise, passes, guard, through, seen)
             yield {
                 "cut": {
                     "input_layers": plan.input_layers,
@@ -228,7 +252,10 @@ class _Work:
                     "total_layers": plan.total_layers,
                 },
                 "noise": noise,
-                "worth": self._worth(model, through),
+                "passes": passes,
+                "guard": described(guard) or None,
+                "worth": self._worth(model, own),
+                "worth_unguarded": self._worth_unguarded(model, own),
                 "audits": [self._attack_once(name, level, own) for name, level in self._attacks()],
             }
 
@@ -238,12 +265,27 @@ class _Work:
         for name in self.settings.audits or [name for name, own in AUDITS.items() if own.by_default]:
             found += [(name, level) for level in AUDITS[name].knows if not wanted or level in wanted]
         alone = len(self.adapters) < 2 or self.assembly.method.pooled
-        return [(name, level) for name, level in found if not (level == "mixed" and alone)]
+        whole = not self.backbone.private - self.backbone.constant
+        return [own for own in found if not (own[1] == "mixed" and alone) and not (own[1] == "exchanged" and whole)]
 
-    def _observe(self, model: CutModel, name: str, own: Sample, through: Callable[[Tensor], Tensor]) -> Observation:
+    def _guard(self, states: StatePrivacyConfig, whose: str) -> StateGuard | None:
+        """Make a guard with noise by the audit's seed: nobody's secret is needed to audit a run."""
+        secret = sha256(f"audit {self.settings.seed}".encode()).digest()
+        return StateGuard(states, secret, whose) if states.is_on else None
+
+    def _observe(
+        self,
+        model: CutModel,
+        name: str,
+        own: Sample,
+        through: Callable[[Tensor], Tensor],
+        states: StatePrivacyConfig,
+        passes: int,
+    ) -> Observation:
         encoded = self.backbone.encode([own], self.catalog, self.run.config.data.history_items)
         batch: Batch = self.backbone.collate(encoded)
-        return observe(model, self.adapters[name], batch, through)
+        guard = self._guard(states, f"{own.user} of {name}")
+        return observe(model, self.adapters[name], batch, through, guard, passes)
 
     def _through(self, plan: CutPlan, noise: float) -> Callable[[Tensor], Tensor]:
         """Make what becomes of states on their way: noise, and rounding."""
@@ -264,15 +306,41 @@ class _Work:
 
         return changed
 
-    def _worth(self, model: CutModel, through: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """Measure the recommendations: the run's own where nothing is added, else those of users drawn anew."""
-        config, most = self.run.config, self.settings.ranked_users
-        if not any(self.settings.noises):
+    def _worth(self, model: CutModel, at: _Setting) -> dict[str, Any]:
+        """Measure the recommendations: the run's own where nothing is added to it, else those of users drawn anew."""
+        own = self.run.config.privacy.states
+        as_it_was = at.guard == own and (not own.is_on or at.plan == self.assembly.plan)
+        if not any(self.settings.noises) and as_it_was:
             told = self.run.metrics or {}
             return {
                 "mean": told["overall"][self.metric],
                 "users": sum(own["users"] for own in told["clients"].values()),
             }
+        return self._ranked_once(model, at.plan, at.noise, at.guard, at.through)
+
+    def _worth_unguarded(self, model: CutModel, at: _Setting) -> dict[str, Any] | None:
+        """Measure what the same adapters' recommendations are worth with nothing done to states, where there is."""
+        if not at.guard.is_on:
+            return None
+        return self._ranked_once(model, at.plan, 0.0, StatePrivacyConfig(), lambda states: states)
+
+    def _ranked_once(
+        self,
+        model: CutModel,
+        plan: CutPlan,
+        noise: float,
+        guard: StatePrivacyConfig,
+        through: Callable[[Tensor], Tensor],
+    ) -> dict[str, Any]:
+        """Rank for users drawn anew, the same at every setting."""
+        if (plan, noise, guard) not in self._worths:
+            self._worths[plan, noise, guard] = self._ranked(model, guard, through)
+        return self._worths[plan, noise, guard]
+
+    def _ranked(
+        self, model: CutModel, states: StatePrivacyConfig, through: Callable[[Tensor], Tensor]
+    ) -> dict[str, Any]:
+        config, most = self.run.config, self.settings.ranked_users
         cases = {name: list(own) for name, own in self.data.test.items()}
         every = [(name, case) for name, own in cases.items() for case in own]
         if most is not None and most < len(every):
@@ -282,7 +350,7 @@ class _Work:
         rankers = {}
         try:
             for name, adapter in self.adapters.items():
-                client = model.client(f"{name} ranked", adapter)
+                client = model.client(f"{name} ranked", adapter, self._guard(states, f"{name} ranked"))
                 if client.transport is not None:
                     client.transport = Spy(client.transport, through)
                 rankers[name] = self.assembly.ranker(client)
@@ -296,7 +364,7 @@ class _Work:
     def _attack_once(self, name: str, level: Knowledge, at: _Setting) -> dict[str, Any]:
         """Attack, unless the same was done where only the cut differs that this attack does not look at."""
         depth = at.plan.input_layers if AUDITS[name].looks_at == "first" else at.plan.output_layers
-        key = (name, level, depth, at.noise)
+        key = (name, level, depth, at.noise, at.passes, at.guard)
         if key not in self._done:
             self._done[key] = self._attack(name, level, at)
         return self._done[key]
@@ -318,18 +386,18 @@ class _Work:
 
     def _attacker(self, level: Knowledge, client: str, at: _Setting) -> Attacker:
         """Make an attacker, or take the one that knows the same, with what it has learned."""
-        key = (level, client, at.plan, at.noise)
+        key = (level, client, at.plan, at.noise, at.passes, at.guard)
         if key not in self._attackers:
-            config = self.run.config
+            config, guard = self.run.config, self._guard(at.guard, f"{level} attacker of {client}")
             self._attackers = {own: kept for own, kept in self._attackers.items() if own[2:] == key[2:]}
             self._attackers[key] = Attacker(
                 knowledge=level,
-                replica=Replica(self.backbone, at.plan, config.adapter, self._known(level, client)),
+                replica=Replica(self.backbone, at.plan, config.adapter, self._known(level, client), _clip(guard)),
                 catalog=self.catalog,
                 popularity=self.popularity,
                 auxiliary=self.auxiliary,
                 prefix=self._prefix(),
-                through=at.through,
+                through=_repeated(at.through, guard, at.passes),
                 seed=self.settings.seed,
             )
         return self._attackers[key]
@@ -339,8 +407,11 @@ class _Work:
             return self.adapters[client]
         if level == "base":
             return self.assembly.initial
-        others = [own for name, own in self.adapters.items() if name != client]
-        return {name: torch.stack([own[name] for own in others]).mean(dim=0) for name in others[0]}
+        if level == "exchanged":
+            return self.assembly.initial | self.assembly.exchanged(self.adapters[client])
+        others = [self.assembly.exchanged(own) for name, own in self.adapters.items() if name != client]
+        mean = {name: torch.stack([own[name] for own in others]).mean(dim=0) for name in others[0]}
+        return self.assembly.initial | mean
 
     def _prefix(self) -> tuple[int, ...]:
         """Tokens with which every prompt begins, up to the first title's quote."""
@@ -362,6 +433,20 @@ class _Work:
             (encoded,) = self.backbone.encode([sample], self.catalog, longest)
             rows.append((*encoded.prompt, *encoded.answer) if isinstance(self.backbone, CausalLM) else encoded.items)
         return rows
+
+
+def _clip(guard: StateGuard | None) -> Callable[[Tensor], Tensor]:
+    return guard.clip if guard is not None else lambda states: states
+
+
+def _repeated(through: Callable[[Tensor], Tensor], guard: StateGuard | None, passes: int) -> Callable[[Tensor], Tensor]:
+    """Do to an attacker's own states what becomes of the client's: the mean of several passes, each guarded anew."""
+
+    def changed(states: Tensor) -> Tensor:
+        sent = [through(states if guard is None else guard.states(states)) for _ in range(passes)]
+        return torch.stack(sent).mean(dim=0)
+
+    return changed
 
 
 def _rounded(states: Tensor, wire: str) -> Tensor:

@@ -19,6 +19,7 @@ from pplr.federation.checkpoints import CheckpointStore
 from pplr.federation.methods import make_method
 from pplr.federation.server import FederationServer
 from pplr.privacy.refusals import refuse_lies
+from pplr.privacy.states import told_of_states
 from pplr.progress import Progress, Silent
 from pplr.recommend.metrics import spread
 from pplr.runtimes.address import LinkAddress, StageServerAt
@@ -267,6 +268,7 @@ def _metrics(
     hosted = [own["server"] for own in stored if own["server"] is not None]
     trained = training_cost(records)
     nothing = {"peak_rss_bytes": None, "train_flops": None}
+    guarded = {"states": told_of_states(config.privacy.states, {"state": 1})} if config.privacy.states.is_on else {}
     return {
         "method": config.federation.method,
         "backbone": config.backbone.name,
@@ -282,4 +284,5 @@ def _metrics(
         },
         "seconds": {"total": None, "train": trained["seconds"], "evaluate": None},
         "samples_per_second": trained["samples_per_second"],
+        **guarded,
     }

@@ -22,7 +22,7 @@ from pplr.runtimes.in_process import evaluate_run
 from pplr.runtimes.orders import OrderDesk, greeting
 from pplr.runtimes.parcels import Parcel
 from pplr.runtimes.participant import Participant
-from pplr.runtimes.run import Run
+from pplr.runtimes.run import SECRETS, Run
 from pplr.runtimes.run_folder import RoundWriter, claimed, write_start
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def train(config: Config, run_dir: str | Path, *, resume: bool = False, progress
     folder, progress = Path(run_dir).resolve(), progress or Silent()
     started: float | None = time.perf_counter()
     with claimed(folder, config, resume=resume), contextlib.ExitStack() as closing:
-        assembly = closing.enter_context(contextlib.closing(Assembly(config, progress)))
+        assembly = closing.enter_context(contextlib.closing(Assembly(config, progress, secrets=folder / SECRETS)))
         store = CheckpointStore(folder / "checkpoints", keep=config.run.checkpoints, warn=progress.note)
         names = assembly.data.partition.names
         initial = assembly.exchanged(assembly.initial)
@@ -176,5 +176,6 @@ class SimulatedClients:
             config = Config.model_validate(yaml.safe_load(self._config))
             threads = config.runtime.threads or max(1, int(config.runtime.client_cpus))
             runtime = config.runtime.model_copy(update={"threads": threads})
-            self._assemblies[self._folder] = Assembly(config.model_copy(update={"runtime": runtime}), Silent())
+            config = config.model_copy(update={"runtime": runtime})
+            self._assemblies[self._folder] = Assembly(config, Silent(), secrets=self._folder / SECRETS)
         return self._assemblies[self._folder]

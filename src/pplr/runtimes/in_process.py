@@ -21,14 +21,12 @@ from pplr.recommend.floors import fit_floor
 from pplr.runtimes.address import StageServerAt
 from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.memory import peak_rss_bytes
-from pplr.runtimes.run import Run
+from pplr.runtimes.run import SECRETS, Run
 from pplr.runtimes.run_folder import RoundWriter, claimed, training_cost, write_start
+from pplr.runtimes.state_counts import announced, guarded_run
 from pplr.storage import write_json
 
-__all__ = ["LEDGERS", "evaluate_run", "train"]
-
-LEDGERS = "privacy"
-"""In a run folder: what each client's users have spent, and the secrets of its randomness."""
+__all__ = ["evaluate_run", "train"]
 
 
 def train(
@@ -62,14 +60,21 @@ def train(
     folder, progress = Path(run_dir), progress or Silent()
     started: float | None = time.perf_counter()
     with claimed(folder, config, resume=resume), contextlib.ExitStack() as closing:
-        assembly = closing.enter_context(contextlib.closing(Assembly(config, progress, backbone, stage_server)))
+        secrets = folder / SECRETS
+        store = CheckpointStore(folder / "checkpoints", keep=config.run.checkpoints, warn=progress.note)
+        assembly = Assembly(config, progress, backbone, stage_server, secrets=secrets)
+        closing.enter_context(contextlib.closing(assembly))
         if config.privacy.dp.is_on:
             progress.note(refuse_over_budget(config, assembly.trainers))
             progress.note(coverage(personal=assembly.method.personal))
-        federation = assembly.federation(folder / LEDGERS)
+        if config.privacy.states.is_on:
+            progress.note(announced(assembly))
+        checkpoint = store.newest() if resume else None
+        if checkpoint is not None:
+            assembly.check_secrets()
+        federation = assembly.federation(secrets)
         write_start(folder, assembly)
-        store = CheckpointStore(folder / "checkpoints", keep=config.run.checkpoints, warn=progress.note)
-        if resume and (checkpoint := store.newest()) is not None:
+        if checkpoint is not None:
             restore_checkpoint(federation, checkpoint)
             _check_ledgers(federation)
             started = None  # the time of the processes before this one is not known
@@ -193,6 +198,8 @@ def _metrics(run: Run, assembly: Assembly, found: Mapping[str, Evaluation]) -> d
     content["samples_per_second"] = trained["samples_per_second"]
     if config.privacy.dp.is_on:
         content["privacy"] = _privacy(run, assembly)
+    if config.privacy.states.is_on:
+        content["states"] = guarded_run(assembly, run.rounds)
     return content
 
 

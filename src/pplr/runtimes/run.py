@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from pplr.recommend.evaluation import Evaluation
     from pplr.runtimes.assembly import Assembly
 
-__all__ = ["OWN", "Recommendation", "Run", "UserList", "open_run"]
+__all__ = ["OWN", "SECRETS", "Recommendation", "Run", "UserList", "open_run"]
+
+SECRETS = "privacy"
+"""In a run folder: each client's secret, and what its users have spent."""
 
 OWN = "client.json"
 """In the run folder of one client of a federation: whose it is, and whether a stage server hosts its middle blocks."""
@@ -108,7 +111,8 @@ class Run:
             own, server = self.own, self._stage_server
             if own is not None and not self._json(OWN)["hosted"]:
                 server = None  # its kit is for other runs
-            self._assembled = Assembly(self.config, progress or Silent(), stage_server=server, own=own)
+            secrets = self.folder / SECRETS
+            self._assembled = Assembly(self.config, progress or Silent(), stage_server=server, own=own, secrets=secrets)
         return self._assembled
 
     def close(self) -> None:

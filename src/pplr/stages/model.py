@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +20,11 @@ from pplr.backbones.adapters import (
     initial_adapter,
     natural_order,
 )
-from pplr.backbones.base import Backbone, Batch
+from pplr.backbones.base import Backbone, Batch, Normal
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import CheckpointError, ConfigError, TransportError
 from pplr.seeds import derive_seed
-from pplr.stages.boundary import Crossing
+from pplr.stages.boundary import Crossing, Guard
 from pplr.stages.cut import CutPlan
 from pplr.stages.host import StageHost
 from pplr.stages.optimizer import LocalObjective, StageOptimizer
@@ -90,8 +91,18 @@ class CutModel:
             start[name] = self.backbone.initial_end(name, shape, source)
         return start
 
-    def client(self, name: str, initial: Mapping[str, Tensor]) -> ClientModel:
-        """Admit a client: it costs an adapter and an optimizer, and no copy of the base."""
+    def secret_start(self, normal: Normal) -> AdapterState:
+        """Draw what a client starts from a secret of its own; nothing for most backbones."""
+        return self.backbone.secret_start(self.input.end_shapes | self.output.end_shapes, normal)
+
+    def client(self, name: str, initial: Mapping[str, Tensor], guard: Guard | None = None) -> ClientModel:
+        """Admit a client: it costs an adapter and an optimizer, and no copy of the base.
+
+        Args:
+            name: The client's, with a purpose where it is admitted more than once.
+            initial: The adapter to start from.
+            guard: What it does to what it sends across the cut; nothing when absent.
+        """
         check_adapter(initial, self.shapes, whose=f"client {name}'s initial adapter")
         transport: Transport | None = None
         if self._connect is not None:
@@ -102,7 +113,7 @@ class CutModel:
             transport = LocalTransport(self.host, name)
         if transport is not None:
             self._transports[name] = transport
-        return ClientModel(self.input, self.output, transport, initial, self.training, self._in_flight)
+        return ClientModel(self.input, self.output, transport, initial, self.training, self._in_flight, guard)
 
     def dismiss(self, name: str) -> None:
         """Let go of what the server's side keeps in memory for a client, if it was ever admitted."""
@@ -147,6 +158,7 @@ class ClientModel:
         initial: The adapter to start from.
         training: The optimizer's settings.
         in_flight: Micro-batches of a batch under way at once, where a transport leaves the process.
+        guard: What is done to states and gradients before they cross; nothing when absent.
     """
 
     def __init__(
@@ -157,9 +169,11 @@ class ClientModel:
         initial: Mapping[str, Tensor],
         training: TrainingConfig,
         in_flight: int = 1,
+        guard: Guard | None = None,
     ) -> None:
         self.backbone = input_stage.backbone
         self.transport = transport
+        self.guard = guard
         self._stages = (input_stage, output_stage)
         self._members = tuple(Member(stage, initial, training) for stage in self._stages)
         self._step = 0
@@ -177,7 +191,7 @@ class ClientModel:
         if not self._constants_are_old or self.keeps_constants:
             return
         trained = {name: tensor for name, tensor in self.adapter().items() if name not in self.backbone.constant}
-        fresh = self.backbone.constants(self.hidden_states, adapter_sha256(trained))
+        fresh = self.backbone.constants(partial(self.hidden_states, public=True), adapter_sha256(trained))
         for member in self._members:
             member.set_adapter(fresh)
         self._constants_are_old = False
@@ -206,7 +220,13 @@ class ClientModel:
         if self.transport is not None:
             if not states.requires_grad:
                 states = states.detach().requires_grad_(True)
-            states = Crossing.apply(states, batch.lengths, self.transport, part.call, part.step)
+            scales: list[Tensor] = []
+            outgoing = partial(self._guarded_gradient, batch.lengths, scales)
+            states = Crossing.apply(states, batch.lengths, self.transport, part.call, part.step, outgoing)
+            loss = self._leave(states, part)
+            if self.guard is not None:
+                loss.register_hook(scales.append)
+            return loss
         return self._leave(states, part)
 
     def _numbered(self, batch: Batch, dropout_seed: int | None) -> MicroBatch:
@@ -214,9 +234,10 @@ class ClientModel:
         return MicroBatch(batch, StageCall(dropout_seed=dropout_seed, lengths=batch.lengths), self._step)
 
     def _enter(self, part: MicroBatch) -> Tensor:
-        """Embed a batch and run the input stage: (B, T) -> (B, T, D)."""
+        """Embed a batch, run the input stage, and guard what is to cross: (B, T) -> (B, T, D)."""
         states = self.backbone.embed(part.batch.input_ids, self._members[0].ends, part.call.dropout_seed)
-        return self._stages[0].run(self._members[0], states, part.call)
+        states = self._stages[0].run(self._members[0], states, part.call)
+        return states if self.transport is None else self._guarded(states, part.batch.lengths)
 
     def _leave(self, states: Tensor, part: MicroBatch) -> Tensor:
         """Run the output stage and sum the loss: (B, T, D) -> ()."""
@@ -239,7 +260,12 @@ class ClientModel:
         transport = None if isinstance(self.transport, LocalTransport) else self.transport
         if self._in_flight > 1 and len(parts) > 1 and transport is not None:
             numbered = [self._numbered(part, seed) for part, seed in zip(parts, dropout_seeds, strict=True)]
-            ends = Ends(self._enter, self._leave)
+            scales = [torch.ones(()) / wanted]  # as a backward pass through the mean scales it
+            ends = Ends(
+                self._enter,
+                self._leave,
+                lambda gradient, part: self._guarded_gradient(part.batch.lengths, scales, gradient),
+            )
             return train_overlapped(ends, transport, numbered, lambda loss: loss / wanted, self._in_flight)
         losses = []
         for part, seed in zip(parts, dropout_seeds, strict=True):
@@ -248,18 +274,27 @@ class ClientModel:
             losses.append(float(loss.detach()))
         return losses
 
+    def _guarded(self, states: Tensor, lengths: Tensor | None = None, *, public: bool = False) -> Tensor:
+        return states if self.guard is None else self.guard.states(states, lengths, public=public)
+
+    def _guarded_gradient(self, lengths: Tensor, scales: Sequence[Tensor], gradient: Tensor) -> Tensor:
+        """Guard a gradient by how much the summed loss was scaled, which its own gradient says."""
+        return gradient if self.guard is None else self.guard.gradient(gradient, lengths, float(scales[-1]))
+
     @torch.no_grad()
-    def hidden_states(self, batch: Batch, *, adapter: bool = True) -> Tensor:
+    def hidden_states(self, batch: Batch, *, adapter: bool = True, public: bool = False) -> Tensor:
         """Run a batch without keeping anything: (B, T) -> (B, T, D), before the final norm.
 
         Args:
             batch: Padded on the right.
             adapter: Whether the adapter takes part; without it these are the base model's states.
+            public: Whether the batch holds nothing of a user.
         """
         call = StageCall(adapter=adapter, lengths=batch.lengths)
         states = self.backbone.embed(batch.input_ids, self._members[0].ends)
         states = self._stages[0].run(self._members[0], states, call)
         if self.transport is not None:
+            states = self._guarded(states, batch.lengths, public=public)
             states = self.transport.forward(states, batch.lengths, call, keep_as=None)
         return self._stages[1].run(self._members[1], states, call)
 
@@ -287,7 +322,7 @@ class ClientModel:
         states = self.backbone.embed(input_ids, self._members[0].ends)
         states = self._stages[0].run(self._members[0], states, call, cache.input)
         if self.transport is not None and cache.middle is not None:
-            states = self.transport.decode(states, call, cache.middle)
+            states = self.transport.decode(self._guarded(states), call, cache.middle)
         return self._stages[1].run(self._members[1], states, call, cache.output)
 
     def reorder(self, cache: GenerationCache, rows: Tensor) -> None:

@@ -43,10 +43,12 @@ class Ends:
     Args:
         enter: Runs the input stage: (B, T) -> (B, T, D).
         leave: Runs the output stage on what came back, and sums the loss.
+        outgoing: What becomes of the gradient that is sent: (B, T, D) -> (B, T, D).
     """
 
     enter: Callable[[MicroBatch], Tensor]
     leave: Callable[[Tensor, MicroBatch], Tensor]
+    outgoing: Callable[[Tensor, MicroBatch], Tensor]
 
 
 @dataclass
@@ -92,6 +94,7 @@ def train_overlapped(
         scale(loss).backward()
         losses.append(float(loss.detach()))
         gradient = torch.zeros_like(back) if back.grad is None else back.grad.contiguous()
+        gradient = ends.outgoing(gradient, under.own)
         under.answer = carrier.submit(transport.backward, under.own.step, gradient, under.own.batch.lengths)
         backward.append(under)
 

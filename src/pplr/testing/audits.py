@@ -22,6 +22,8 @@ from pplr.privacy.audits import Attacker, Guess, Knowledge, make_audit
 from pplr.privacy.observing import Observation, observe, secret_of
 from pplr.privacy.replica import Replica
 from pplr.privacy.scoring import Reader, score
+from pplr.privacy.states import StateGuard
+from pplr.stages.boundary import Guard
 from pplr.stages.cut import CutPlan
 from pplr.stages.model import CutModel
 from pplr.testing.tiny import random_adapter, tiny_decoder, tiny_tokenizer
@@ -84,9 +86,11 @@ class Scene:
         """Make a pass of each user."""
         return [self.backbone.collate(self.backbone.encode([own], self.catalog, _HISTORY)) for own in self.samples]
 
-    def seen(self) -> list[Observation]:
-        """What the server sees of each user."""
-        return [observe(self.model, self.adapter, batch, lambda states: states) for batch in self.batches()]
+    def seen(self, guard: Guard | None = None, passes: int = 1) -> list[Observation]:
+        """What the server sees of each user, behind a guard and as the mean of several passes if asked."""
+        return [
+            observe(self.model, self.adapter, batch, lambda states: states, guard, passes) for batch in self.batches()
+        ]
 
     def predicting(self) -> list[Observation]:
         """What the server would see if its middle stage foresaw each target, which an untrained one does not."""
@@ -101,18 +105,20 @@ class Scene:
             found.append(replace(own, returned=states.detach()))
         return found
 
-    def replica(self) -> Replica:
+    def replica(self, guard: StateGuard | None = None) -> Replica:
         """Copy the client's stages with its own adapter."""
-        return Replica(self.backbone, self.plan, self.config, self.adapter)
+        clip = (lambda states: states) if guard is None else guard.clip
+        return Replica(self.backbone, self.plan, self.config, self.adapter, clip)
 
-    def attacker(self, knowledge: Knowledge) -> Attacker:
-        """Make an attacker who has the client's own adapter, or pairs."""
+    def attacker(self, knowledge: Knowledge, guard: StateGuard | None = None) -> Attacker:
+        """Make an attacker who has the client's own adapter, or pairs, and knows how states are guarded."""
         prefix: tuple[int, ...] = ()
         if isinstance(self.backbone, CausalLM):
             (start,) = (own.is_private.index(True) for own in self.secrets[:1])
             prefix = self.secrets[0].tokens[:start]
         popularity = torch.arange(_ITEMS).flip(0)
-        return Attacker(knowledge, self.replica(), self.catalog, popularity, self.auxiliary, prefix)
+        through = (lambda states: states) if guard is None else guard.states
+        return Attacker(knowledge, self.replica(guard), self.catalog, popularity, self.auxiliary, prefix, through)
 
     def mean(self, guesses: Sequence[Guess], metric: str) -> float:
         """Average a metric over users."""

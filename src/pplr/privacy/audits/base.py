@@ -20,9 +20,10 @@ from pplr.privacy.shortlist import Shortlist
 
 __all__ = ["AUDITS", "Attacker", "Audit", "Guess", "Knowledge", "make_audit", "register"]
 
-Knowledge = Literal["own", "mixed", "base", "pairs"]
-"""What the attacker has: the client's ``own`` adapter; a ``mixed`` one, of the other clients; the public ``base`` and
-the initial adapter; or no weights at all, but ``pairs`` of auxiliary texts and the client's states of them."""
+Knowledge = Literal["own", "exchanged", "mixed", "base", "pairs"]
+"""What the attacker has: the client's ``own`` adapter; what the client ``exchanged`` of it, where some of it stays at
+home; a ``mixed`` one, of the other clients; the public ``base`` and the initial adapter; or no weights at all, but
+``pairs`` of auxiliary texts and the client's states of them."""
 
 _PASSES = 64
 """Auxiliary passes that a shortlist learns from."""
@@ -107,7 +108,7 @@ class Audit(ABC):
     """
 
     name: ClassVar[str]
-    knows: ClassVar[tuple[Knowledge, ...]] = ("own", "mixed", "base")
+    knows: ClassVar[tuple[Knowledge, ...]] = ("own", "exchanged", "mixed", "base")
     by_default: ClassVar[bool] = True
     looks_at: ClassVar[Literal["first", "second"]] = "first"
 

@@ -47,7 +47,7 @@ class Inverter(Audit):
 
     name: ClassVar[str] = "inverter"
     by_default: ClassVar[bool] = False
-    knows: ClassVar[tuple[Knowledge, ...]] = ("own", "mixed", "base", "pairs")
+    knows: ClassVar[tuple[Knowledge, ...]] = ("own", "exchanged", "mixed", "base", "pairs")
 
     def attack(self, seen: Sequence[Observation], attacker: Attacker) -> list[Guess]:
         """Train once, then guess every token that is not known."""

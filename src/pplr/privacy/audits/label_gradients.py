@@ -35,7 +35,8 @@ class LabelGradients(Audit):
     distance to g does at each one's best scale.
 
     Where the backbone reads items, the gradient of the state before the last follows from its own target alone, as
-    nothing later is predicted; every item is tried there. The loss is taken over the whole catalog: exact, but for
+    nothing later is predicted; every item is tried there. Without an output block that is so at every position, and all
+    of the history but its first item is read. The loss is taken over the whole catalog: exact, but for
     clients that compare with drawn negatives, which the attacker does not know, or leave items out.
 
     Where it reads text, the catalog's titles are tried as answers, all over the last positions, as many as the longest
@@ -61,17 +62,23 @@ class LabelGradients(Audit):
             if own.gradient is None or own.length < 2:
                 guesses.append(Guess())
             else:
-                ranked = _items(own, own.gradient, attacker) if answers is None else _titles(own, attacker, answers)
-                guesses.append(Guess(targets=tuple(ranked[:_BEST].tolist())))
+                last = own.length - 2
+                ranked = _titles(own, attacker, answers) if answers is not None else _items(own, last, attacker)
+                tokens = None
+                if answers is None and len(attacker.replica.plan.output) == 0:
+                    others = [int(_items(own, place, attacker)[0]) for place in range(last)]
+                    tokens = (None, *others, int(ranked[0]))
+                guesses.append(Guess(tokens, tuple(ranked[:_BEST].tolist())))
         return guesses
 
 
-def _items(own: Observation, gradient: Tensor, attacker: Attacker) -> Tensor:
-    """Rank a catalog's items as targets of the state before the last: (N,)."""
+def _items(own: Observation, place: int, attacker: Attacker) -> Tensor:
+    """Rank a catalog's items as what the state at a place is to predict: (N,)."""
+    gradient = cast(Tensor, own.gradient)
     replica = attacker.replica
     backbone = cast(ItemVectors, replica.backbone)
     ends, temperature = replica.output_ends, backbone.config.temperature
-    places = range(own.length - 2, own.length - 1)
+    places = range(place, place + 1)
 
     def end(states: Tensor) -> Tensor:
         return backbone.queries(states, ends)
@@ -81,7 +88,7 @@ def _items(own: Observation, gradient: Tensor, attacker: Attacker) -> Tensor:
         query = end(_left(own, places, replica, 1))[0, 0]  # (width,)
         expected = F.softmax(items @ query / temperature, dim=-1) @ items
         wanted = (expected - items)[:, None] / temperature  # (N, 1, width), of the loss at the query
-    return _cosines(_sent_back(own, places, replica, end, wanted), gradient[-2:-1]).argsort(descending=True)
+    return _cosines(_sent_back(own, places, replica, end, wanted), gradient[place : place + 1]).argsort(descending=True)
 
 
 def _titles(own: Observation, attacker: Attacker, answers: Answers) -> Tensor:

@@ -30,7 +30,7 @@ class VocabularyMatching(Audit):
     """
 
     name: ClassVar[str] = "vocabulary_matching"
-    knows: ClassVar[tuple[Knowledge, ...]] = ("own", "mixed", "base", "pairs")
+    knows: ClassVar[tuple[Knowledge, ...]] = ("own", "exchanged", "mixed", "base", "pairs")
 
     def attack(self, seen: Sequence[Observation], attacker: Attacker) -> list[Guess]:
         """Guess token after token."""

@@ -1,0 +1,215 @@
+"""What a client does to states and gradients before they cross the cut, and what that is worth as an ε."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pplr.config import StatePrivacyConfig
+from pplr.privacy.accounting import epsilon_of
+from pplr.privacy.coins import SecretCoins
+from pplr.privacy.secret import derived
+
+__all__ = ["StateGuard", "clipped", "described", "gaussian_epsilon", "told_of_states"]
+
+_TINY = 1e-12
+_LITTLE = 0.002
+"""Noise multiplier below which ε is bounded by a formula: above a hundred thousand, its digits matter to nobody."""
+
+
+def clipped(states: Tensor, clip_norm: float | None) -> Tensor:
+    """Scale rows down to at most a norm, with the exact derivative: (..., D) -> (..., D) float32.
+
+    h min(1, C / ‖h‖)
+    """
+    states = states.float()
+    if clip_norm is None:
+        return states
+    norms = torch.linalg.vector_norm(states, dim=-1, keepdim=True).clamp(min=_TINY)
+    return states * (clip_norm / norms).clamp(max=1.0)
+
+
+class StateGuard:
+    """Clips what crosses the cut, one token's vector at a time, and adds noise that only the client can draw again.
+
+    The noise of a pass is ChaCha20's key stream under a key that HMAC-SHA256 makes of the client's secret, of what the
+    pass is for, of how many passes came before it there, and of the clipped vectors themselves. So a pass that is run
+    again, as after a kill, sends the same bytes; vectors that differ in one bit get other noise; and the same vectors
+    in another pass do too, so that equal noise never shows that two histories are equal.
+
+    Args:
+        config: What is done.
+        secret: 32 bytes, where anything is drawn.
+        context: Whose passes these are.
+
+    Cites:
+        feyisetan2020metric
+        dwork2014algorithmic
+    """
+
+    def __init__(self, config: StatePrivacyConfig, secret: bytes, context: str) -> None:
+        self.config = config
+        self._secret, self._context = secret, context
+        self._occasion, self._passes = "", Counter[str]()
+
+    def enter(self, occasion: str) -> None:
+        """Say what the next passes are for; the same occasion again starts where it started before."""
+        self._occasion, self._passes = occasion, Counter()
+
+    def clip(self, hidden_states: Tensor) -> Tensor:
+        """Do to states what is done without drawing anything: (..., D) -> (..., D)."""
+        return clipped(hidden_states, self.config.clip_norm).to(hidden_states.dtype)
+
+    def states(self, hidden_states: Tensor, lengths: Tensor | None = None, *, public: bool = False) -> Tensor:
+        """Guard states before the first cut: (B, T, D) -> (B, T, D). A public pass is clipped alone."""
+        config = self.config
+        if config.noise == "none" or public:
+            return self.clip(hidden_states) if config.clip_norm is not None else hidden_states
+        real = _real(hidden_states, lengths)
+        kept = clipped(hidden_states, config.clip_norm)
+        coins = self._coins("states", kept[real])
+        rows, width = int(real.sum()), hidden_states.shape[-1]
+        if config.noise == "gaussian":
+            drawn = coins.gaussian((rows, width)) * ((config.noise_multiplier or 0.0) * (config.clip_norm or 0.0))
+        else:
+            drawn = coins.exponential(rows, width, config.eta or math.inf)
+        noise = torch.zeros(hidden_states.shape, dtype=torch.float64)
+        noise[real.cpu()] = torch.from_numpy(drawn)
+        return (kept.double() + noise.to(kept.device)).to(hidden_states.dtype)
+
+    @torch.no_grad()
+    def gradient(self, gradient: Tensor, lengths: Tensor, scale: float) -> Tensor:
+        """Guard a gradient before the second cut: (B, T, D) -> (B, T, D)."""
+        config = self.config
+        if config.gradient_clip_norm is None or scale == 0:
+            return gradient
+        real = _real(gradient, lengths)
+        kept = clipped(gradient.float() / scale, config.gradient_clip_norm).double()
+        if config.gradient_noise_multiplier is not None:
+            drawn = self._coins("gradient", kept[real]).gaussian((int(real.sum()), gradient.shape[-1]))
+            drawn *= config.gradient_noise_multiplier * config.gradient_clip_norm
+            kept[real] += torch.from_numpy(drawn).to(kept.device)
+        return (kept * scale).to(gradient.dtype)
+
+    def _coins(self, kind: str, vectors: Tensor) -> SecretCoins:
+        """Make the coins of one pass: of the secret, the pass, and what they are to hide."""
+        content = hashlib.sha256(vectors.detach().cpu().contiguous().numpy().tobytes()).digest()
+        what = "\x1f".join(
+            [kind, self._context, self._occasion, str(self._passes[kind]), str(tuple(vectors.shape)), ""]
+        )
+        self._passes[kind] += 1
+        return SecretCoins(derived(self._secret, "states", what, content))
+
+
+def _real(states: Tensor, lengths: Tensor | None) -> Tensor:
+    """Say which rows cross: (B, T)."""
+    if lengths is None:
+        return torch.ones(states.shape[:-1], dtype=torch.bool, device=states.device)
+    return (torch.arange(states.shape[1])[None, :] < lengths[:, None].cpu()).to(states.device)
+
+
+def gaussian_epsilon(vectors: int, noise_multiplier: float, delta: float) -> float:
+    r"""Compute ε at δ of a number of vectors, each clipped to length C, with normal noise of σ C in each dimension.
+
+    Neighbours are any two inputs at all, so each vector may move by 2 C, and all n of them together by 2 C √n: what is
+    released is one Gaussian mechanism of noise multiplier σ / (2 √n). Vectors that follow from earlier ones' noise add
+    up in the same way. Where ε is so large that no accountant's grid holds it, a simpler upper bound stands for it.
+
+    Args:
+        vectors: n.
+        noise_multiplier: σ.
+        delta: δ.
+
+    Cites:
+        dong2022gdp
+        bun2016zcdp
+
+    Example:
+        >>> 4.3 < gaussian_epsilon(1, 2.0, 1e-5) < 4.4
+        True
+    """
+    if vectors == 0:
+        return 0.0
+    together = noise_multiplier / (2 * math.sqrt(vectors))
+    if together < _LITTLE:
+        spent = 0.5 / together**2  # as zero-concentrated differential privacy
+        return spent + 2 * math.sqrt(spent * math.log(1 / delta))
+    return epsilon_of([(1, 1.0, together)], delta)
+
+
+def told_of_states(config: StatePrivacyConfig, counts: Mapping[str, int]) -> dict[str, Any]:
+    """Say what is promised of some numbers of one user's vectors.
+
+    Args:
+        config: What is done.
+        counts: How many vectors cross, by what is told of, such as ``{"state": 1, "pass": 51}``.
+
+    Returns:
+        What is done, and ``epsilon`` at the first cut and at the second of each number, ``None`` where nothing is
+        promised. With metric noise ε is at δ = 0, and `eta` times the distance is promised of any two states.
+    """
+    first: dict[str, float | None] = dict.fromkeys(counts)
+    second: dict[str, float | None] = dict.fromkeys(counts)
+    for name, count in counts.items():
+        if config.noise == "gaussian" and config.noise_multiplier is not None:
+            first[name] = gaussian_epsilon(count, config.noise_multiplier, config.delta)
+        if config.noise == "metric" and config.eta is not None and config.clip_norm is not None:
+            first[name] = 2 * config.clip_norm * config.eta * count
+        if config.gradient_noise_multiplier is not None:
+            second[name] = gaussian_epsilon(count, config.gradient_noise_multiplier, config.delta)
+    epsilon = {"states": first, "gradients": second}
+    return {
+        **config.model_dump(mode="json"),
+        "vectors": dict(counts),
+        "epsilon": epsilon,
+        "summary": _summary(config, counts, epsilon),
+        "note": (
+            "ε is of what one user's own states and gradients tell, whatever they are, to whoever knows the adapters. "
+            "It does not cover lengths and times, nor what adapters tell."
+        ),
+    }
+
+
+def _summary(config: StatePrivacyConfig, counts: Mapping[str, int], epsilon: Mapping[str, Mapping[str, Any]]) -> str:
+    """Write down what is done, and what is promised of one state, of a pass and of a run, at each cut."""
+    parts = []
+    for cut, what in (("states", "first cut"), ("gradients", "second cut")):
+        delta = 0 if cut == "states" and config.noise == "metric" else config.delta
+        values = {name: value for name, value in epsilon[cut].items() if value is not None}
+        if values:
+            figures = ", ".join(f"{value:.4g} for {_counted(name, counts[name])}" for name, value in values.items())
+            parts.append(f"{what}: ε at most {figures}, at δ = {delta:g}")
+        elif cut == "states" and config.noise == "metric":
+            parts.append(f"{what}: ε = {config.eta:g} times the distance of two states, bounded by no clip_norm")
+        else:
+            parts.append(f"{what}: no ε")
+    return "; ".join([described(config), *parts])
+
+
+def _counted(name: str, count: int) -> str:
+    return "a state" if name == "state" else f"a {name} of {count} states"
+
+
+def described(config: StatePrivacyConfig) -> str:
+    """Say in a few words what is done.
+
+    Example:
+        >>> described(StatePrivacyConfig(clip_norm=3, noise="gaussian", noise_multiplier=0.5))
+        'states clipped to 3, normal noise 0.5 x clip'
+    """
+    parts = [] if config.clip_norm is None else [f"states clipped to {config.clip_norm:g}"]
+    if config.noise == "gaussian":
+        parts.append(f"normal noise {config.noise_multiplier:g} x clip")
+    if config.noise == "metric":
+        parts.append(f"metric noise η {config.eta:g}")
+    if config.gradient_clip_norm is not None:
+        parts.append(f"gradients clipped to {config.gradient_clip_norm:g}")
+    if config.gradient_noise_multiplier is not None:
+        parts.append(f"with normal noise {config.gradient_noise_multiplier:g} x clip")
+    return ", ".join(parts)
