@@ -104,6 +104,17 @@ def test_the_verdict_follows_what_was_found_at_the_runs_own_cut(found: float, wo
     assert "gives 0.10" in told
 
 
+def test_the_verdict_is_of_the_runs_own_guard_and_of_the_most_passes() -> None:
+    content = _content(0.4)
+    own = content["settings"][1]
+    guarded = own | {"guard": "states clipped to 3", "passes": 1}
+    many = guarded | {"passes": 12, "audits": [own["audits"][0] | {"item_f1": {"mean": 0.8, "low": 0.8, "high": 0.8}}]}
+    bare = own | {"audits": [own["audits"][0] | {"item_f1": {"mean": 1.0, "low": 1.0, "high": 1.0}}]}
+    told = verdict(content | {"guard": "states clipped to 3", "settings": [bare, guarded, many]})
+    assert "blocks and states clipped to 3, a server" in told
+    assert "F1 of 0.80 (0.80 to 0.80; a, 12 passes)" in told
+
+
 def test_targets_count_as_items_do() -> None:
     content = _content(0.12)
     hit = {"mean": 0.75, "low": 0.5, "high": 1.0}

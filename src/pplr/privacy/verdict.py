@@ -18,7 +18,7 @@ _HAS = {
 
 
 def strongest(content: Mapping[str, Any], metric: str = "item_f1") -> dict[str, Any] | None:
-    """Find the attack that found most at the run's own cut without added noise, else at the first setting.
+    """Find the attack that found most at the run's own cut and guard without added noise, else at the first setting.
 
     Args:
         content: Of ``audit.json``.
@@ -28,7 +28,11 @@ def strongest(content: Mapping[str, Any], metric: str = "item_f1") -> dict[str, 
         The attack's entry, with its setting as ``at``; ``None`` where no attack says anything of the metric.
     """
     settings = content["settings"]
-    own = [found for found in settings if found["cut"] == content["cut"] and found["noise"] == 0]
+    own = [
+        found
+        for found in settings
+        if (found["cut"], found["noise"], found.get("guard")) == (content["cut"], 0, content.get("guard"))
+    ]
     told = [{**audit, "at": found} for found in own or settings[:1] for audit in found["audits"] if audit.get(metric)]
     return max(told, key=lambda audit: audit[metric]["mean"]) if told else None
 
@@ -53,7 +57,8 @@ def verdict(content: Mapping[str, Any]) -> str:
         return "No attack that was run says which items a server reads: run more of them before trusting this cut."
     cut = told[0][1]["at"]["cut"]
     where = f"k = {cut['input_layers']} and m = {cut['output_layers']} of {cut['total_layers']} blocks"
-    figures = f"With {where}, " + ", and ".join(_told(*own) for own in told)
+    guard = told[0][1]["at"].get("guard")
+    figures = f"With {where}{f' and {guard}' if guard else ''}, " + ", and ".join(_told(*own) for own in told)
     share = max(share_found(found[metric]["mean"], guess["mean"]) for metric, found, guess in told)
     if share >= _MOST:
         return f"{figures}: whoever must not read the histories must not run this server."
@@ -69,7 +74,8 @@ def _told(metric: str, found: Mapping[str, Any], guess: Mapping[str, float]) -> 
         "item_f1": "reads the items of a user's history with an F1 of {mean:.2f}",
         "target_hit@1": "finds the item that a training pass predicts for {mean:.2f} of the users",
     }[metric].format(**own)
-    by = f"{own['low']:.2f} to {own['high']:.2f}; {found['audit']}"
+    passes = found["at"].get("passes", 1)
+    by = f"{own['low']:.2f} to {own['high']:.2f}; {found['audit']}{f', {passes} passes' if passes > 1 else ''}"
     return (
         f"a server that has {_HAS[found['knowledge']]} {what} ({by}), where popularity alone gives {guess['mean']:.2f}"
     )

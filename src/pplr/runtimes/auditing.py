@@ -149,6 +149,7 @@ def audit_run(run: Run, settings: AuditSettings | None = None, progress: Progres
         "backbone": run.config.backbone.name,
         "method": run.config.federation.method,
         "cut": run.metrics["cut"],
+        "guard": described(run.config.privacy.states) or None,
         "metric": work.metric,
         "users": len(work.secrets),
         "seed": settings.seed,

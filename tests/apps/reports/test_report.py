@@ -21,6 +21,7 @@ from pplr.runtimes.run import Run
 from .conftest import Found, read_page
 
 MARKUP = "$y$ <script>alert('x')</script> & \"q\""
+SWEPT = "The strongest attack at each setting, and what recommendations are worth"
 Change = Callable[..., None]
 
 
@@ -116,14 +117,40 @@ def test_what_the_audit_found_is_told_at_the_run_s_own_cut(folder: Path, audit: 
     assert table["logit_lens"]["item_f1"] == ("0.81 (0.69 to 0.88)", 0.8125)
     assert table["logit_lens"]["target_hit@1"] == ("not measured", None)
     assert table["no states"]["item_f1"][1] == 0.25
-    sweep = page.tables["The strongest attack at each setting, and what recommendations are worth"]
+    sweep = page.tables[SWEPT]
     assert [row["item_f1"][1] for row in sweep.values()] == [0.4375, 0.8125]
     assert "The server <reads> it." in page.text
     assert "F1 of 0.81, where a guess without any state gives 0.25: what the server could read." in page.text
     assert "another cut" not in page.text
     audit["settings"].pop()
     (folder / "audit.json").write_text(json.dumps(audit))
-    assert "at another cut than the run's own" in report(folder).text
+    assert "at another cut or guard than the run's own" in report(folder).text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_of_a_guarded_run_the_setting_with_its_guard_is_its_own(
+    folder: Path, change: Change, audit: dict[str, Any]
+) -> None:
+    guarded = {"summary": "states clipped to 3; first cut: ε at most 7", "note": "It covers <states>."}
+    change(folder / "metrics.json", lambda told: told.update(states=guarded))
+    bare = audit["settings"][1]
+    audit["guard"] = "states clipped to 3"
+    found = [{"audit": "logit_lens", "knowledge": "own", "item_f1": {"mean": 0.5, "low": 0.25, "high": 0.75}}]
+    audit["settings"] = [bare, bare | {"guard": "states clipped to 3", "audits": found, "passes": 1}]
+    audit["settings"].append(audit["settings"][1] | {"passes": 12})
+    (folder / "audit.json").write_text(json.dumps(audit))
+    page = report(folder)
+    assert (
+        page.tables["What attacks read, k = 1, m = 1 of 3 blocks, states clipped to 3"]["logit_lens"]["item_f1"][1]
+        == 0.5
+    )
+    assert any("mean of 12 passes" in row for row in page.tables[SWEPT])
+    assert "What crosses the cut: states clipped to 3; first cut: ε at most 7. It covers <states>." in page.text
+    assert "another cut" not in page.text
+    audit["settings"].pop()
+    audit["settings"].pop()
+    (folder / "audit.json").write_text(json.dumps(audit))
+    assert "not how the run" in report(folder).text
 
 
 def test_without_an_audit_the_command_is_told(whole: tuple[Path, Found]) -> None:
@@ -135,7 +162,7 @@ def test_without_an_audit_the_command_is_told(whole: tuple[Path, Found]) -> None
 @pytest.mark.usefixtures("undrawn")
 def test_epsilon_is_told_with_what_it_covers_and_what_a_ledger_has_booked(folder: Path, change: Change) -> None:
     path = folder / "config.yaml"
-    path.write_text(path.read_text().replace("noise_multiplier: null", "noise_multiplier: 1.5"))
+    path.write_text(path.read_text().replace("noise_multiplier: null", "noise_multiplier: 1.5", 1))  # of privacy.dp
     spent = {"unit": "user", "adjacency": "add or remove one user", "epsilon": {"0": 1.25, "1": 2.5, "2": 0.5},
              "delta": 1e-5, "note": "It covers <adapters>."}  # fmt: skip
     change(folder / "metrics.json", lambda told: told.update(privacy=spent))

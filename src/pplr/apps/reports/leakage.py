@@ -43,15 +43,18 @@ def audit_command(files: RunFiles) -> Code:
 
 
 def own_setting(audit: AuditRecord) -> SettingRecord:
-    """Take the run's own cut without added noise, else the first that was audited."""
-    own = [found for found in audit.settings if found.cut == audit.cut and found.noise == 0]
+    """Take the run's own cut and guard without added noise, one pass, else the first that was audited."""
+    own = [found for found in audit.settings if _is_own(found, audit)]
     return (own or audit.settings)[0]
 
 
 def elsewhere(audit: AuditRecord) -> bool:
-    """Whether no setting of the audit is the run's own cut without added noise."""
-    setting = own_setting(audit)
-    return setting.cut != audit.cut or setting.noise != 0
+    """Whether no setting of the audit is the run's own cut and guard without added noise."""
+    return not _is_own(own_setting(audit), audit)
+
+
+def _is_own(setting: SettingRecord, audit: AuditRecord) -> bool:
+    return (setting.cut, setting.guard, setting.noise, setting.passes) == (audit.cut, audit.guard, 0, 1)
 
 
 def strongest_attack(setting: SettingRecord, metric: str) -> tuple[AttackRecord, IntervalRecord] | None:
@@ -64,9 +67,9 @@ def leakage_section(files: RunFiles) -> Section:
     """Say what attacks read, or that nobody measured it."""
     audit, title = files.audit, "What the server could read"
     if audit is None:
-        return Section("leakage", title, [_unmeasured(files)])
+        return Section("leakage", title, [_unmeasured(files), *_guarded(files)])
     setting = own_setting(audit)
-    parts: list[Part] = [Paragraph((said(audit.verdict),), "verdict")]
+    parts: list[Part] = [Paragraph((said(audit.verdict),), "verdict"), *_guarded(files)]
     if elsewhere(audit):
         parts.append(Paragraph((f"Measured at {_where(setting)}, which is not how the run was cut.",), "notice"))
     parts += [
@@ -100,6 +103,12 @@ def leakage_section(files: RunFiles) -> Section:
     if len(audit.settings) > 1:
         parts += _sweep(audit)
     return Section("leakage", title, parts)
+
+
+def _guarded(files: RunFiles) -> list[Part]:
+    """Say what clients do to what they send, and what that promises."""
+    states = files.metrics.states if files.metrics else None
+    return [Paragraph((said(f"What crosses the cut: {states.summary}. {states.note}"),))] if states else []
 
 
 def _unmeasured(files: RunFiles) -> Paragraph:
@@ -144,8 +153,10 @@ def _interval(found: IntervalRecord | None) -> Cell:
 
 def _where(setting: SettingRecord) -> str:
     cut = setting.cut
-    noise = f", noise {setting.noise:g} times the states' size" if setting.noise else ""
-    return f"k = {cut.input_layers}, m = {cut.output_layers} of {cut.total_layers} blocks{noise}"
+    where = f"k = {cut.input_layers}, m = {cut.output_layers} of {cut.total_layers} blocks"
+    where += f", {said(setting.guard)}" if setting.guard else ""
+    where += f", noise {setting.noise:g} times the states' size" if setting.noise else ""
+    return where + (f", mean of {setting.passes} passes" if setting.passes > 1 else "")
 
 
 def _sweep(audit: AuditRecord) -> list[Part]:

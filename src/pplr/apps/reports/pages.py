@@ -182,7 +182,7 @@ def _leakage(files: RunFiles) -> list[str | Cell | Code | Link]:
     if guess is not None:
         told += [", where a guess without any state gives ", measured(guess.mean, 2)]
     if elsewhere(audit):
-        told += [", at another cut than the run's own"]
+        told += [", at another cut or guard than the run's own"]
     return [*told, ": ", link, ". "]
 
 

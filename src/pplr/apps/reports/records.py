@@ -66,6 +66,11 @@ class _Spent(_Told):
     note: str = ""
 
 
+class _Guarded(_Told):
+    summary: str
+    note: str = ""
+
+
 class MetricsRecord(_Tested):
     """The content of ``metrics.json``."""
 
@@ -79,6 +84,7 @@ class MetricsRecord(_Tested):
     seconds: _Figures = {}
     samples_per_second: _Number = None
     privacy: _Spent | None = None
+    states: _Guarded | None = None
 
 
 class ClientRecord(_Told):
@@ -175,10 +181,12 @@ class AttackRecord(_Told):
 
 
 class SettingRecord(_Told):
-    """One cut and noise in ``audit.json``."""
+    """One cut, guard and noise in ``audit.json``."""
 
     cut: _Cut
     noise: float
+    passes: int = 1
+    guard: str | None = None
     worth: _Worth
     audits: list[AttackRecord]
 
@@ -187,6 +195,7 @@ class AuditRecord(_Told):
     """The content of ``audit.json``."""
 
     cut: _Cut | None
+    guard: str | None = None
     metric: str
     users: int
     wire: str = ""
