@@ -115,6 +115,15 @@ def test_the_verdict_is_of_the_runs_own_guard_and_of_the_most_passes() -> None:
     assert "F1 of 0.80 (0.80 to 0.80; a, 12 passes)" in told
 
 
+def test_what_stays_at_home_no_server_has() -> None:
+    content = _content(0.9)
+    sent = {"audit": "b", "knowledge": "exchanged", "item_f1": {"mean": 0.12, "low": 0.1, "high": 0.2}}
+    content["settings"][1]["audits"].append(sent)
+    told = verdict(content)
+    assert "a server that has what the client sends of its adapter reads" in told
+    assert "F1 of 0.12" in told
+
+
 def test_targets_count_as_items_do() -> None:
     content = _content(0.12)
     hit = {"mean": 0.75, "low": 0.5, "high": 1.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.auditing import AuditSettings, audit_run
 from pplr.runtimes.in_process import train
 from pplr.runtimes.run import Run
+from pplr.runtimes.state_counts import guarded_run
 from pplr.testing import same_adapters
 
 SETTINGS = ("backbone.prompt.targets=all", "data.history_items=6", "cut.output_layers=1")
@@ -60,6 +62,27 @@ def test_every_train_title_but_a_users_first_is_a_target_once_however_few_tokens
         assert targets == train_items
         counts.append(samples)
     assert counts[0] < counts[1]
+
+
+@pytest.mark.parametrize("grounding", ["l2", "trie"])
+def test_of_a_guarded_run_the_states_of_every_part_of_a_list_are_counted(config, grounding) -> None:
+    settings = ("backbone.max_tokens=225", "training.samples=null", f"evaluation.grounding={grounding}")
+    settings = (*settings, "evaluation.max_new_tokens=1")  # fewer than a title's, which the trie does not heed
+    assembly = Assembly(config(*settings, "privacy.states.clip_norm=1"), Silent())
+    own = assembly.config
+    most = 0
+    for name in assembly.trainers:
+        client, states = assembly.federated_client(name), Counter[int]()
+        for owner, encoded in zip(client._owners, client.encoded, strict=True):
+            states[owner] += assembly.backbone.length(encoded)
+        most = max(most, *states.values())
+    written = own.evaluation.max_new_tokens
+    if grounding == "trie":
+        written = 2 + max(len(assembly.backbone.titles.tokens(title)) for title in assembly.data.dataset.catalog.titles)  # type: ignore[attr-defined]
+    ranked = 225 + 2 * own.evaluation.beams * written
+    rounds = own.federation.rounds
+    counted = guarded_run(assembly)["vectors"]["run"]
+    assert counted == own.training.local_epochs * rounds * most + (rounds + 1) * ranked
 
 
 def test_the_audit_reads_lists(run: Run) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pplr.apps.tables import Table, figure
 from pplr.errors import ConfigError
+from pplr.privacy.verdict import is_within_reach
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,7 +98,9 @@ def frontier(content: Mapping[str, Any], metric: str = "item_f1") -> Figure:
         zip(depths, colormaps["viridis"]([i / max(1, len(depths) - 1) for i in range(len(depths))]), strict=True)
     )
     for found in content["settings"]:
-        told = [own[metric] for own in found["audits"] if own.get(metric)]
+        levels = {own["knowledge"] for own in found["audits"]}
+        reached = [own for own in found["audits"] if is_within_reach(own["knowledge"], levels)]
+        told = [own[metric] for own in reached if own.get(metric)]
         if not told:
             continue
         leak, worth = max(told, key=lambda own: own["mean"]), found["worth"]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-__all__ = ["share_found", "strongest", "verdict"]
+__all__ = ["is_within_reach", "share_found", "strongest", "verdict"]
 
 _MOST, _SOME = 0.5, 0.1
 _HAS = {
@@ -15,6 +15,18 @@ _HAS = {
     "base": "the public model alone",
     "pairs": "no weights, but states of public text",
 }
+
+
+def is_within_reach(knowledge: str, levels: Collection[str]) -> bool:
+    """Say whether a server of the federation can have what an attacker was given.
+
+    Where part of an adapter stays at home, as an attacker at the level ``exchanged`` shows, it cannot have the whole.
+
+    Args:
+        knowledge: What the attacker had.
+        levels: What all attackers of the setting had.
+    """
+    return not (knowledge == "own" and "exchanged" in levels)
 
 
 def strongest(content: Mapping[str, Any], metric: str = "item_f1") -> dict[str, Any] | None:
@@ -33,7 +45,12 @@ def strongest(content: Mapping[str, Any], metric: str = "item_f1") -> dict[str, 
         for found in settings
         if (found["cut"], found["noise"], found.get("guard")) == (content["cut"], 0, content.get("guard"))
     ]
-    told = [{**audit, "at": found} for found in own or settings[:1] for audit in found["audits"] if audit.get(metric)]
+    told = [
+        {**audit, "at": found}
+        for found in own or settings[:1]
+        for audit in found["audits"]
+        if audit.get(metric) and is_within_reach(audit["knowledge"], {each["knowledge"] for each in found["audits"]})
+    ]
     return max(told, key=lambda audit: audit[metric]["mean"]) if told else None
 
 

@@ -353,8 +353,7 @@ class Assembly:
             ConfigError: Training is private, and there is no folder for the ledger.
             RunError: The ledger cannot be read.
         """
-        samples = self.backbone.divide(self.samples(name), self.data.dataset.catalog)
-        private, books = self.config.privacy.dp, None
+        samples, private, books = self.samples(name), self.config.privacy.dp, None
         if private.is_on:
             if ledgers is None:
                 raise ConfigError("private training without a ledger", cure="Say in which folder the client keeps it.")
@@ -371,10 +370,9 @@ class Assembly:
         return {name: trainers[POOLED if self.method.pooled else name] for name in self.data.partition.names}
 
     def samples(self, name: str) -> Sequence[Sample]:
-        """Return the training samples of one who trains."""
-        if name == POOLED:
-            return [sample for own in self.data.samples.values() for sample in own]
-        return self.data.samples[name]
+        """Return the training samples of one who trains, those divided that are too long to be encoded whole."""
+        drawn = [own for client, every in self.data.samples.items() if name in (POOLED, client) for own in every]
+        return self.backbone.divide(drawn, self.data.dataset.catalog)
 
     def _cases(self, name: str) -> Sequence[Case]:
         if name == POOLED:

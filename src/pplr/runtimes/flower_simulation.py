@@ -62,6 +62,7 @@ def train(config: Config, run_dir: str | Path, *, resume: bool = False, progress
         server = FederationServer(config, assembly.method, names, initial, store, progress.note)
         write_start(folder, assembly)
         if resume and server.restore():
+            assembly.check_secrets()
             started = None  # the time of the processes before this one is not known
             progress.note(f"going on after server round {server.next_round} of {config.federation.rounds}")
         writer = RoundWriter(server, folder, progress)

@@ -211,7 +211,7 @@ def _train(
 
 
 def _encode(assembly: Assembly, samples: Sequence[Sample]) -> list[Any]:
-    return assembly.backbone.encode(samples, assembly.data.dataset.catalog, assembly.config.data.history_items)
+    return assembly.encode(assembly.backbone.divide(samples, assembly.data.dataset.catalog))
 
 
 # -- what attackers see -------------------------------------------------------------------------------------------

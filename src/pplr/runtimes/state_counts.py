@@ -58,7 +58,8 @@ def _drawn_at_most(assembly: Assembly) -> int:
 def _of_users(assembly: Assembly, trainer: str) -> list[tuple[int, int, int]]:
     """Count each user's states: of the longest training pass, of an epoch, and of one validation or test."""
     passes: dict[int, list[int]] = {}
-    for sample, length in zip(assembly.samples(trainer), _lengths(assembly, assembly.samples(trainer)), strict=True):
+    samples = assembly.samples(trainer)
+    for sample, length in zip(samples, _lengths(assembly, samples), strict=True):
         passes.setdefault(sample.user, []).append(length)
     ranked = _ranked_at_most(assembly)
     return [(max(own), sum(own), ranked) for own in passes.values()]
@@ -78,5 +79,8 @@ def _ranked_at_most(assembly: Assembly) -> int:
         return config.data.history_items + 1
     if isinstance(backbone, CausalLM):  # the prompt, what is written, and that again to ground it
         settings = config.evaluation
-        return config.backbone.max_tokens + 2 * settings.beams * settings.max_new_tokens
+        longest = settings.max_new_tokens
+        if settings.grounding == "trie":
+            longest = backbone.answer_room(assembly.data.dataset.catalog) + 1
+        return config.backbone.max_tokens + 2 * settings.beams * longest
     return config.backbone.max_tokens

@@ -23,6 +23,7 @@ from pplr.apps.reports.elements import (
     seconds_cell,
 )
 from pplr.apps.reports.records import AttackRecord, AuditRecord, IntervalRecord, RunFiles, SettingRecord
+from pplr.privacy.verdict import is_within_reach
 
 __all__ = ["audit_command", "dp_section", "elsewhere", "leakage_section", "own_setting", "spent", "strongest_attack"]
 
@@ -59,7 +60,12 @@ def _is_own(setting: SettingRecord, audit: AuditRecord) -> bool:
 
 def strongest_attack(setting: SettingRecord, metric: str) -> tuple[AttackRecord, IntervalRecord] | None:
     """Find the attack that found most; ``None`` where none says anything of the metric."""
-    told = [(own, found) for own in setting.audits if (found := own.found.get(metric)) is not None]
+    levels = {own.knowledge for own in setting.audits}
+    told = [
+        (own, found)
+        for own in setting.audits
+        if is_within_reach(own.knowledge, levels) and (found := own.found.get(metric)) is not None
+    ]
     return max(told, key=lambda pair: pair[1].mean) if told else None
 
 
