@@ -21,7 +21,7 @@ help: ## List the commands.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("pplr needs Python 3.11 or newer, found " + sys.version.split()[0] + ". Run make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --editable '.[dev,network,flower,plots,privacy]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --editable '.[dev,network,flower,plots,privacy,web,tensorboard,mlflow,docs]'
 	@touch $@
 
 demo: $(VENV)/.installed ## Train five clients on MovieLens-100K, the model cut in two; then recommend. BACKBONE=causal_lm or encoder.
