@@ -4,13 +4,16 @@
 
 HISTORIES.json: ``items`` N, ``train`` U histories, ``validation`` U targets or null (not looked at),
 ``test_histories`` by user, ``settings`` (keyword arguments of SASRecModel), ``seeds``, ``check_every`` epochs,
-``patience`` checks, ``most_epochs``, ``device``, ``parallel`` trainings at once, ``threads`` of each. Settings and
-number of epochs are those of the best validation NDCG@10 with the first seed; the other seeds train with the same
-settings and stop by the same rule. With ``seconds`` the first settings and seed train for so long, validation unseen.
+``patience`` checks, ``most_epochs``, ``device``, ``parallel`` trainings at once, ``threads`` of each, ``keep``, a
+folder where each training is kept after every check, so that the same command goes on where it stopped, or null.
+Settings and number of epochs are those of the best validation NDCG@10 with the first seed; the other seeds train with
+the same settings and stop by the same rule. With ``seconds`` the first settings and seed train for so long, validation
+unseen.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -66,11 +69,11 @@ def ndcg(model: SASRecModel, histories: dict[int, list[int]], targets: dict[int,
     return float(sum(1 / math.log2(rank + 1) for rank in found[Columns.Rank]) / len(histories))
 
 
-def trainer(device: str) -> Trainer:
-    """Make a quiet trainer; how many epochs it trains is said later."""
+def trainer(device: str, epochs: int = 1) -> Trainer:
+    """Make a quiet trainer; how many more epochs it trains than those that lie behind it is said later."""
     return Trainer(
-        max_epochs=1, enable_progress_bar=False, enable_model_summary=False, logger=False, enable_checkpointing=False,
-        accelerator="cpu" if device == "cpu" else "gpu", devices=1,
+        max_epochs=epochs, enable_progress_bar=False, enable_model_summary=False, logger=False,
+        enable_checkpointing=False, accelerator="cpu" if device == "cpu" else "gpu", devices=1,
     )  # fmt: skip
 
 
@@ -84,6 +87,46 @@ def without_scores(best: dict) -> dict:
     return {key: value for key, value in best.items() if key != "scores"}
 
 
+class Kept:
+    """A training as it was after its last check, in one file.
+
+    Going on from it draws other random numbers than going on at once.
+
+    Args:
+        told: The task; its ``keep`` is the folder, or null.
+        settings: Of the model.
+        seed: Of the training.
+    """
+
+    def __init__(self, told: dict, settings: dict, seed: int) -> None:
+        shown = {key: told[key] for key in ("items", "train", "validation", "check_every")}
+        name = hashlib.sha256(json.dumps([shown, settings, seed]).encode()).hexdigest()[:16]
+        self._path = Path(told["keep"]) / f"{name}.ckpt" if told["keep"] else None
+        self._device = told["device"]
+        self._described: dict = {}
+
+    def load(self) -> tuple[SASRecModel, dict] | None:
+        """Read the model and what is known of its training, when there is one."""
+        if self._path is None or not self._path.exists():
+            return None
+        kept = torch.load(self._path, weights_only=False)
+        training, self._described = kept["training"], kept["hyper_parameters"]
+        change = {"get_trainer_func": lambda: trainer(self._device, training["epochs"])}
+        return SASRecModel.load_from_checkpoint(self._path, model_params_update=change), training
+
+    def save(self, model: SASRecModel, training: dict) -> None:
+        """Put both in the place of the last ones."""
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        new = self._path.with_suffix(".new")
+        model.fit_trainer.save_checkpoint(new)
+        kept = torch.load(new, weights_only=False)
+        self._described = self._described or kept["hyper_parameters"]  # a restored model leaves its settings out
+        torch.save({**kept, "hyper_parameters": self._described, "training": training}, new)
+        new.replace(self._path)
+
+
 def fit(told: dict, settings: dict, seed: int, test: dict[int, list[int]]) -> dict:
     """Train until validation no longer improves; keep the test scores of the best check."""
     seed_everything(seed, verbose=False)
@@ -94,19 +137,24 @@ def fit(told: dict, settings: dict, seed: int, test: dict[int, list[int]]) -> di
     device = told["device"]
     model = SASRecModel(**settings, get_trainer_func=lambda: trainer(device), recommend_torch_device=device)
     data, best, epochs, started = dataset(train), {"ndcg": -1.0}, 0, time.monotonic()
-    kept = None
-    while epochs < told["most_epochs"]:
+    keeper, learned = Kept(told, settings, seed), None
+    if (before := keeper.load()) is not None:
+        model, now = before
+        best, learned, epochs = now["best"], now["learned"], now["epochs"]
+        started -= now["seconds"]
+        seed_everything(seed + epochs, verbose=False)
+    while epochs < told["most_epochs"] and epochs - best.get("epochs", epochs) < told["patience"] * told["check_every"]:
         model.fit_partial(data, min_epochs=told["check_every"], max_epochs=told["check_every"])
         epochs += told["check_every"]
         reached = ndcg(model, histories, targets)
         print(json.dumps({"settings": settings, "epochs": epochs, "ndcg": reached}), flush=True)
         if reached > best["ndcg"]:
-            best, kept = {"ndcg": reached, "epochs": epochs}, weights(model)
-        elif epochs - best["epochs"] >= told["patience"] * told["check_every"]:
-            break
+            best, learned = {"ndcg": reached, "epochs": epochs}, weights(model)
+        now = {"best": best, "learned": learned, "epochs": epochs, "seconds": time.monotonic() - started}
+        keeper.save(model, now)
     best["seconds"] = time.monotonic() - started
     print(json.dumps({"settings": settings, "seed": seed, **best}), flush=True)
-    model.torch_model.load_state_dict(kept)
+    model.torch_model.load_state_dict(learned)
     return {**best, "scores": scores(model, test, told["items"])}
 
 

@@ -84,6 +84,7 @@ def add_arguments(
     parser.add_argument("--negatives", type=int, help="sampled items of gBCE and sampled_softmax")
     parser.add_argument("--train-batch", type=int, default=32, help="users of a batch")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--keep", type=Path, help="a folder; the same command again goes on from what it holds")
     parser.add_argument("--parallel", type=int, default=1, help="trainings at once, which share the cores")
 
 
@@ -136,6 +137,7 @@ def task(data: RunData, seeds: Sequence[int], arguments: argparse.Namespace) -> 
         "most_epochs": arguments.most_epochs,
         "device": arguments.device,
         "parallel": arguments.parallel,
+        "keep": None if arguments.keep is None else str(arguments.keep.absolute()),
         "threads": max(1, len(os.sched_getaffinity(0)) // arguments.parallel),
     }
 
