@@ -178,6 +178,8 @@ def test_a_secret_projection_is_read_by_who_has_it_and_not_by_who_has_the_rest(t
     assert set(found) == {"own", "exchanged", "mixed", "base", "pairs"}
     assert found["own"] == found["pairs"] == 1.0
     assert max(found["exchanged"], found["mixed"], found["base"]) < 0.5
+    content = audit_run(run, AuditSettings(users=2, cuts=((0, 1),)))
+    assert ("alignment", "catalog") in {(own["audit"], own["knowledge"]) for own in content["settings"][0]["audits"]}
 
 
 def _cosine(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -14,6 +14,7 @@ _HAS = {
     "mixed": "the other clients' adapters",
     "base": "the public model alone",
     "pairs": "no weights, but states of public text",
+    "catalog": "nothing but the catalog and its popularity",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from itertools import product, takewhile
 from typing import Any, Literal, cast, get_args
@@ -174,6 +175,7 @@ class _Setting:
         guard: What clients did to what they sent.
         through: What becomes of states on their way, the guard apart.
         seen: The passes, in the order of the secrets.
+        others: Gives the passes of a client's users of whom there is no secret.
     """
 
     plan: CutPlan
@@ -182,6 +184,7 @@ class _Setting:
     guard: StatePrivacyConfig
     through: Callable[[Tensor], Tensor]
     seen: Sequence[Observation]
+    others: Callable[[str], list[Observation]]
 
 
 class _Work:
@@ -213,6 +216,7 @@ class _Work:
         for own in self.data.holdout.train:
             np.add.at(taken, own, 1)
         self.popularity = torch.from_numpy(taken)
+        self.newest = {(name, own.user): own for name, samples in self.data.samples.items() for own in samples}
         self.drawn = self._draw()
         items = run.config.data.history_items
         self.secrets = [secret_of(self.backbone, own, name, self.catalog, items) for name, own in self.drawn]
@@ -231,11 +235,10 @@ class _Work:
 
     def _draw(self) -> list[tuple[str, Sample]]:
         """Draw users, and of each the newest training pass."""
-        newest = {(name, own.user): own for name, samples in self.data.samples.items() for own in samples}
-        keys = sorted(newest)
+        keys = sorted(self.newest)
         count = min(self.settings.users, len(keys))
         chosen = generator(self.settings.seed, "audited users").choice(len(keys), count, replace=False)
-        return [(keys[place][0], newest[keys[place]]) for place in sorted(chosen.tolist())]
+        return [(keys[place][0], self.newest[keys[place]]) for place in sorted(chosen.tolist())]
 
     def at(self, plan: CutPlan) -> Iterator[dict[str, Any]]:
         """Audit one cut, at each noise."""
@@ -244,8 +247,9 @@ class _Work:
         guards = self.settings.guards or (config.privacy.states,)
         for guard, noise, passes in product(guards, self.settings.noises, self.settings.passes):
             through = self._through(plan, noise)
-            seen = [self._observe(model, name, sample, through, guard, passes) for name, sample in self.drawn]
-            own = _Setting(plan, noise, passes, guard, through, seen)
+            seen_of = partial(self._observe, model, through=through, states=guard, passes=passes)
+            seen = [seen_of(name, sample) for name, sample in self.drawn]
+            own = _Setting(plan, noise, passes, guard, through, seen, partial(self._others, seen_of))
             yield {
                 "cut": {
                     "input_layers": plan.input_layers,
@@ -267,7 +271,10 @@ class _Work:
             found += [(name, level) for level in AUDITS[name].knows if not wanted or level in wanted]
         alone = len(self.adapters) < 2 or self.assembly.method.pooled
         whole = not self.backbone.private - self.backbone.constant
-        return [own for own in found if not (own[1] == "mixed" and alone) and not (own[1] == "exchanged" and whole)]
+        needless = {"mixed"} if alone else set()
+        needless |= {"exchanged"} if whole else set()
+        needless |= {"catalog"} if whole and "catalog" not in wanted and not self.settings.audits else set()
+        return [own for own in found if own[1] not in needless]
 
     def _guard(self, states: StatePrivacyConfig, whose: str) -> StateGuard | None:
         """Make a guard with noise by the audit's seed: nobody's secret is needed to audit a run."""
@@ -287,6 +294,12 @@ class _Work:
         batch: Batch = self.backbone.collate(encoded)
         guard = self._guard(states, f"{own.user} of {name}")
         return observe(model, self.adapters[name], batch, through, guard, passes)
+
+    def _others(self, seen_of: Callable[[str, Sample], Observation], client: str) -> list[Observation]:
+        """Observe the passes of a client's users that were not drawn."""
+        drawn = {own.user for name, own in self.drawn if name == client}
+        own = {user: sample for (name, user), sample in self.newest.items() if name == client and user not in drawn}
+        return [seen_of(client, own[user]) for user in sorted(own)]
 
     def _through(self, plan: CutPlan, noise: float) -> Callable[[Tensor], Tensor]:
         """Make what becomes of states on their way: noise, and rounding."""
@@ -378,8 +391,9 @@ class _Work:
         with self.progress.task(label, len(at.seen), "users") as advance:
             for client in dict.fromkeys(own.client for own in self.secrets):
                 places = [place for place, own in enumerate(self.secrets) if own.client == client]
-                guesses = audit.attack([at.seen[place] for place in places], self._attacker(level, client, at))
-                for place, guess in zip(places, guesses, strict=True):
+                seen = [at.seen[place] for place in places] + (at.others(client) if audit.looks_at_everyone else [])
+                guesses = audit.attack(seen, self._attacker(level, client, at))
+                for place, guess in zip(places, guesses[: len(places)], strict=True):
                     rows.append(score(guess, self.secrets[place], self.reader))
                 advance(len(places))
         seconds = time.perf_counter() - began
@@ -406,7 +420,7 @@ class _Work:
     def _known(self, level: Knowledge, client: str) -> AdapterState:
         if level in ("own", "pairs"):
             return self.adapters[client]
-        if level == "base":
+        if level in ("base", "catalog"):
             return self.assembly.initial
         if level == "exchanged":
             return self.assembly.initial | self.assembly.exchanged(self.adapters[client])

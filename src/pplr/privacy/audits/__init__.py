@@ -3,6 +3,7 @@
 A new attack is a file that registers a subclass of :class:`Audit`, an import here, and a contract test.
 """
 
+from pplr.privacy.audits.alignment import Alignment
 from pplr.privacy.audits.base import AUDITS, Attacker, Audit, Guess, Knowledge, make_audit
 from pplr.privacy.audits.catalog_matching import CatalogMatching
 from pplr.privacy.audits.inverter import Inverter
@@ -14,6 +15,7 @@ from pplr.privacy.audits.vocabulary_matching import VocabularyMatching
 
 __all__ = [
     "AUDITS",
+    "Alignment",
     "Attacker",
     "Audit",
     "CatalogMatching",

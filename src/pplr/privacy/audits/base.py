@@ -20,10 +20,10 @@ from pplr.privacy.shortlist import Shortlist
 
 __all__ = ["AUDITS", "Attacker", "Audit", "Guess", "Knowledge", "make_audit", "register"]
 
-Knowledge = Literal["own", "exchanged", "mixed", "base", "pairs"]
+Knowledge = Literal["own", "exchanged", "mixed", "base", "pairs", "catalog"]
 """What the attacker has: the client's ``own`` adapter; what the client ``exchanged`` of it, where some of it stays at
-home; a ``mixed`` one, of the other clients; the public ``base`` and the initial adapter; or no weights at all, but
-``pairs`` of auxiliary texts and the client's states of them."""
+home; a ``mixed`` one, of the other clients; the public ``base`` and the initial adapter; no weights of the client's,
+but ``pairs`` of auxiliary texts and its states of them; or neither, but the ``catalog``, as everyone has it."""
 
 _PASSES = 64
 """Auxiliary passes that a shortlist learns from."""
@@ -105,12 +105,14 @@ class Audit(ABC):
         knows: The levels of knowledge at which it can be run.
         by_default: Whether it runs unless other attacks are asked for; one that takes long does not.
         looks_at: The cut whose states or gradients it reads; what it finds does not depend on where the other one is.
+        looks_at_everyone: Whether it is given the passes of all of a client's users, not only of those it is scored by.
     """
 
     name: ClassVar[str]
     knows: ClassVar[tuple[Knowledge, ...]] = ("own", "exchanged", "mixed", "base")
     by_default: ClassVar[bool] = True
     looks_at: ClassVar[Literal["first", "second"]] = "first"
+    looks_at_everyone: ClassVar[bool] = False
 
     @abstractmethod
     def attack(self, seen: Sequence[Observation], attacker: Attacker) -> list[Guess]:
