@@ -14,6 +14,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS += sorted(path for name in ("concepts", "howto", "reference") for path in (ROOT / "docs" / name).glob("*.md"))
 
 
 def test_the_python_snippet_runs_as_it_stands(
