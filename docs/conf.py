@@ -9,7 +9,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(HERE.parent / "src"))
 
-from _generate import after_napoleon, before_napoleon, write_pages
+from _generate import after_napoleon, before_napoleon, link_names, move_links, write_pages
+from sphinx.application import Sphinx
 
 import pplr
 
@@ -28,6 +29,7 @@ nitpick_ignore_regex = [  # no other project's inventory is fetched, so that the
 ]
 highlight_language = "none"
 default_role = "code"
+toc_object_entries = False  # a menu of every function on every page takes a quarter of the build
 smartquotes = False  # options begin with two hyphens
 myst_heading_anchors = 4
 myst_enable_extensions = ["colon_fence", "deflist"]
@@ -48,8 +50,10 @@ html_show_sphinx = False
 copybutton_exclude = ".linenos, .gp, .go"
 
 
-def setup(app: object) -> None:
+def setup(app: Sphinx) -> None:
     """Write what is generated, and join Sphinx's events."""
     write_pages(HERE)
-    app.connect("autodoc-process-docstring", before_napoleon, priority=100)  # type: ignore[attr-defined]
-    app.connect("autodoc-process-docstring", after_napoleon, priority=900)  # type: ignore[attr-defined]
+    app.connect("autodoc-process-docstring", before_napoleon, priority=100)
+    app.connect("autodoc-process-docstring", after_napoleon, priority=900)
+    app.connect("doctree-read", link_names)
+    app.connect("include-read", move_links)

@@ -9,9 +9,10 @@ from _generate.commands import command_pages
 from _generate.docstrings import after_napoleon, before_napoleon
 from _generate.fields import fields_page
 from _generate.leakage import leakage_table
+from _generate.links import link_names, move_links
 from _generate.modules import module_pages
 
-__all__ = ["after_napoleon", "before_napoleon", "generated_pages", "write_pages"]
+__all__ = ["after_napoleon", "before_napoleon", "generated_pages", "link_names", "move_links", "write_pages"]
 
 
 def generated_pages(docs: Path) -> dict[str, str]:

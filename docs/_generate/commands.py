@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +36,10 @@ def command_pages() -> dict[str, str]:
 def _page(words: tuple[str, ...], command: Any) -> str:
     with command.make_context(words[-1], [], resilient_parsing=True) as context:
         pieces = command.collect_usage_pieces(context)
+        with contextlib.redirect_stdout(
+            io.StringIO()
+        ):  # some commands make the end of their help only when it is shown
+            command.get_help(context)
     name = " ".join(words)
     parts = [f"# {name}", command.help or "", f"```text\n{' '.join([name, *pieces])}\n```"]
     given = [own for own in command.params if own.param_type_name == "argument"]
@@ -43,6 +49,9 @@ def _page(words: tuple[str, ...], command: Any) -> str:
         parts += ["## Arguments", _table(["argument", "means"], rows)]
     if options:
         parts += ["## Options", "\n\n".join(_option(own) for own in options)]
+    parts += [
+        _line(own) if own.endswith(":") else f"- {_line(own)}" for own in (command.epilog or "").split("\n\n") if own
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

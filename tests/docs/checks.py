@@ -8,10 +8,13 @@ import importlib.util
 import re
 import tomllib
 from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import metadata
 from typing import Any
 
 import pytest
 import typer
+import yaml
 
 from pplr.apps.cli import app
 from pplr.config import Config
@@ -20,7 +23,7 @@ from tests.docs.pages import ROOT
 
 PPLR = typer.main.get_command(app)
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"])
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
 
 NO_COMMANDS = {"pplr less this"}
 """Column heads of a table."""
@@ -100,7 +103,33 @@ def check_pip(words: list[str]) -> None:
     assert words[0] == "install"
     for word in words[1:]:
         if found := re.fullmatch(r"(pplr|\.)\[([\w,]+)\]", word):
-            assert set(found[2].split(",")) <= EXTRAS, f"{word}: the extras are {sorted(EXTRAS)}"
+            assert set(found[2].split(",")) <= set(EXTRAS), f"{word}: the extras are {sorted(EXTRAS)}"
+
+
+def check_docker(words: list[str]) -> None:
+    """A command of compose, for services that there are; what runs in a container is checked as anything else."""
+    assert words[0] == "compose", f"nobody checks docker {words[0]}"
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    verb, *rest = words[1:]
+    assert verb in ("build", "up", "run", "exec", "down", "logs", "ps")
+    named = [word for word in rest if not word.startswith("-")]
+    inside = named[1:] if verb in ("run", "exec") else []
+    assert set(named[: len(named) - len(inside)]) <= set(services), f"compose.yaml has no {named}"
+    if inside:
+        own = rest[rest.index(inside[0]) :]
+        check_command(own if own[0] in PROGRAMS else ["pplr", *own])
+
+
+def check_files(words: list[str]) -> None:
+    """Files are made, copied or moved: nothing of ours is called."""
+    assert words
+
+
+def check_installed(words: list[str], program: str) -> None:
+    """Another project's program that an extra brings along; its options are its own."""
+    found = metadata.entry_points(group="console_scripts", name=program)
+    names = {re.split(r"[\[<>=~ ]", own)[0] for extra in EXTRAS.values() for own in extra}
+    assert {own.dist.name for own in found if own.dist} & names, f"no extra brings {program}"
 
 
 PROGRAMS: dict[str, Callable[[list[str]], None]] = {
@@ -108,11 +137,16 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "python": check_python,
     "make": check_make,
     "pip": check_pip,
+    "docker": check_docker,
+    **dict.fromkeys(("cp", "mkdir", "mv", "rm"), check_files),
+    **{name: partial(check_installed, program=name) for name in ("mlflow", "tensorboard")},
 }
 
 
 def check_command(words: list[str]) -> None:
     """Hold a command to its program's own parser; a program that nobody can check is an error."""
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words = words[1:]
     assert words[0] in PROGRAMS, f"nobody checks commands of {words[0]!r}"
     PROGRAMS[words[0]](words[1:])
 

@@ -15,6 +15,7 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
+    *sorted(ROOT.glob("examples/*.md")),
     *sorted(
         path for path in DOCS.rglob("*.md") if "generated" not in path.parts and not path.parent.name.endswith("_text")
     ),

@@ -20,7 +20,15 @@ from tests.docs.checks import check_command, check_span
 from tests.docs.pages import PAGES, ROOT, Block, blocks, commands, spans
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
-REFUSED = (AssertionError, ModuleNotFoundError, PplrError, SystemExit, ValidationError, click.UsageError)
+REFUSED = (
+    AssertionError,
+    FileNotFoundError,
+    ModuleNotFoundError,
+    PplrError,
+    SystemExit,
+    ValidationError,
+    click.UsageError,
+)
 RUN_ELSEWHERE = {"README.md": "tests/test_readme.py"}
 """Pages whose Python is run by a test of their own, which looks at what it prints."""
 
@@ -114,6 +122,11 @@ def test_python_that_is_run_elsewhere_is_run() -> None:
         ("sh", "make nothing"),
         ("sh", "pip install 'pplr[nothing]'"),
         ("sh", "curl https://example.org"),
+        ("sh", "docker run x"),
+        ("sh", "docker compose up"),
+        ("sh", "docker compose run nobody train"),
+        ("sh", "docker compose run authority trian"),
+        ("sh", "HERE=1 nothing"),
         ("yaml", "training: {rate: 1}"),
         ("python", "import pplr"),
         ("pycon", ">>> 1 + 1\n3\n"),

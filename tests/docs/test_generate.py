@@ -12,6 +12,7 @@ from _generate.commands import all_commands, command_pages
 from _generate.docstrings import after_napoleon, before_napoleon
 from _generate.fields import all_fields, fields_page
 from _generate.leakage import leakage_table
+from _generate.links import move_links
 from _generate.modules import public_modules
 from pydantic import BaseModel
 
@@ -79,6 +80,24 @@ def test_a_docstring_links_what_it_cites_and_keeps_an_attributes_colons() -> Non
     assert ":" not in lines[0]
     after_napoleon(app, "attribute", "a", None, None, lines)
     assert lines == ["Names: those who train."]
+
+
+def test_links_of_the_readme_lead_on_from_a_page_in_docs(tmp_path: Path) -> None:
+    app = SimpleNamespace(srcdir=tmp_path)
+    links = (
+        "[a](docs/a.md#b) [c](CONTRIBUTING.md) [e](examples/README.md) [p](examples/a.py) [w](https://x.org) [h](#b)"
+    )
+    content = [links]
+    move_links(app, Path("../README.md"), "quickstart", content)
+    assert content == ["[a](a.md#b) c e [p](../examples/a.py) [w](https://x.org) [h](#b)"]
+    for name in ("contributing", "examples"):
+        (tmp_path / f"{name}.md").touch()
+    content = [links]
+    move_links(app, Path("../README.md"), "quickstart", content)
+    assert content[0].startswith("[a](a.md#b) [c](contributing.md) [e](examples.md) [p]")
+    content = [links]
+    move_links(app, Path("generated/included/fields.md"), "config", content)
+    assert content == [links]
 
 
 def test_every_command_and_every_layer_has_a_page() -> None:

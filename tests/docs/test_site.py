@@ -56,7 +56,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env=os.environ | nowhere | {"PYTHONPATH": str(Path(pplr.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         check=False,
     )
     assert told.returncode == 0, told.stdout + told.stderr
@@ -145,3 +145,10 @@ def test_every_reference_has_a_place(site: Path) -> None:
     assert {f"bib-{key}" for key in keys} <= page.places
     assert "Blaise Agüera y Arcas" not in page.text  # the fifth of five: the first three are named
     assert "Martín Abadi" in page.text
+
+
+def test_names_between_backticks_lead_to_their_reference(site: Path) -> None:
+    heating = (site / "concepts" / "heating.html").read_text(encoding="utf-8")
+    assert 'href="../reference/config.html#confval-federation.heating_scale"' in heating
+    assert 'href="generated/commands/report.html"' in (site / "quickstart.html").read_text(encoding="utf-8")
+    assert 'href="bibliography.html#bib-chen2024hllm"' in (site / "method.html").read_text(encoding="utf-8")
