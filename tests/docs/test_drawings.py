@@ -8,6 +8,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from pplr.federation.heating import heating_weight
 from tests.docs.pages import DOCS, PAGES
 
 DRAWINGS = sorted((DOCS / "drawings").glob("*.svg"))
@@ -51,3 +52,14 @@ def test_a_drawing_is_legible_in_light_and_dark_without_colour(path: Path) -> No
     rest = re.sub(r"svg \{[^}]*\}", "", text)
     used = set(re.findall(r"\b(?:fill|stroke)(?:: |=\")([^;\"]+)", rest))
     assert used <= {"none", *(f"var(--{name})" for name in schemes[0])}
+
+
+def test_the_curves_of_heating_are_the_formula() -> None:
+    root = ET.fromstring((DOCS / "drawings" / "heating.svg").read_text(encoding="utf-8"))
+    curves = [own.get("points", "") for own in root.iter(f"{SVG}polyline")]
+    for points, server_round in zip(curves, (0, 1, 4), strict=True):
+        for point in points.split():
+            x, y = map(float, point.split(","))
+            share, weight = (x - 70) / 490, 0.5 + 0.5 * (310 - y) / 270  # the axes' ends
+            drawn = heating_weight(share, server_round, heating_scale=0.7, heating_horizon=5)
+            assert weight == pytest.approx(drawn, abs=2e-3)
