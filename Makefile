@@ -13,7 +13,7 @@ FUZZ_MESSAGES ?= 1000000
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench fuzz clean
+.PHONY: help demo test check bench docs fuzz clean
 
 help: ## List the commands.
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -32,8 +32,8 @@ demo: $(VENV)/.installed ## Train five clients on MovieLens-100K, the model cut 
 test: check ## Run everything that CI runs.
 
 check: $(VENV)/.installed ## Lint, types, layers, tests and doctests.
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest --quiet --numprocesses $(WORKERS) --dist loadfile
@@ -41,8 +41,11 @@ check: $(VENV)/.installed ## Lint, types, layers, tests and doctests.
 bench: $(VENV)/.installed ## Measure speed and memory side by side, and write benchmarks/results.
 	$(BIN)/python -m benchmarks
 
+docs: $(VENV)/.installed ## Build the site into build/docs, warnings as errors; open build/docs/index.html.
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+
 fuzz: $(VENV)/.installed ## Send a million altered messages to a stage server, as a nightly job does.
 	PPLR_FUZZ_MESSAGES=$(FUZZ_MESSAGES) $(BIN)/python tests/runtimes/fuzz_codec.py
 
-clean: ## Remove the environment and the runs.
-	rm -rf $(VENV) runs
+clean: ## Remove the environment, the runs and the site.
+	rm -rf $(VENV) runs build docs/generated

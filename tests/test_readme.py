@@ -5,22 +5,24 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS += sorted(path for name in ("concepts", "howto", "reference") for path in (ROOT / "docs" / name).glob("*.md"))
 
 
-def test_the_python_snippet_runs_as_it_stands(
-    data_folder: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(snippets) == 1
+@pytest.fixture
+def tiny_quickstart(data_folder: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to be in, whose `configs/quickstart.yaml` is the quickstart's model and data in small."""
     data = tmp_path / "data"
     shutil.copytree(data_folder, data)
     items = data / "tiny.item"
@@ -35,11 +37,44 @@ def test_the_python_snippet_runs_as_it_stands(
     }
     (tmp_path / "configs" / "quickstart.yaml").write_text(yaml.safe_dump(small))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+def test_the_demo_trains_and_recommends(tiny_quickstart: Path) -> None:
+    from pplr.apps.cli import app
+
+    assert "```sh\nmake demo " in README
+    recipe = subprocess.run(
+        ["make", "--dry-run", "--no-print-directory", "demo", "USER_ID=u3", "PYTHON=false"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    commands = [shlex.split(line)[1:] for line in recipe.splitlines() if line.startswith(".venv/bin/pplr ")]
+    assert [words[0] for words in commands] == ["train", "recommend"]
+    for words in commands:
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.output
+    assert "history of user u3" in result.output
+    assert len(result.output.split("rank")[1].splitlines()) > 10
+
+
+def test_the_python_snippet_runs_as_it_stands(tiny_quickstart: Path) -> None:
+    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(snippets) == 1
     told = io.StringIO()
     with contextlib.redirect_stdout(told):
         exec(compile(snippets[0], "README.md", "exec"), {})
     lines = told.getvalue().splitlines()
     assert [line.split()[0] for line in lines] == ["1", "2", "{'recall@10':", "1", "2", "3", "4", "5"]
+
+
+def test_the_quickstart_page_shows_the_readme_itself() -> None:
+    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    shown = [README.split(start)[1].split(end)[0] for start, end in re.findall(
+        r':start-after: "(.*)"\n:end-before: "(.*)"', page)]  # fmt: skip
+    assert "make demo" in shown[0]
+    assert "pplr.train(" in shown[1]
+    assert all(README.count(f"\n{heading}\n") == 1 for heading in re.findall(r'(?:after|before): "(.*)"', page))
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)

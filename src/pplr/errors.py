@@ -1,5 +1,7 @@
 """Every error that pplr raises on purpose, in one tree.
 
+::
+
     PplrError
     ├── ConfigError            a configuration that cannot be run
     ├── DataError              data that cannot be used as it is

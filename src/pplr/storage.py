@@ -40,7 +40,7 @@ def sha256_file(path: Path) -> str:
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses into a :class:`StorageError` that names the path and the cure."""
+    """Turn what the disk refuses into a :class:`~pplr.errors.StorageError` that names the path and the cure."""
     try:
         yield
     except OSError as error:

@@ -211,7 +211,7 @@ class CausalLM(Backbone):
 
     @classmethod
     def load(cls, config: BackboneConfig, notify: Callable[[str], None] = lambda _: None) -> CausalLM:
-        """Load from a short name, a hub id, a folder or a GGUF file; see :func:`load_pretrained`."""
+        """Load a short name, a hub id, a folder or a GGUF file; see :func:`~pplr.backbones.loading.load_pretrained`."""
         model, tokenizer, folder = load_pretrained(config, FAMILIES, notify)
         if config.keep_blocks is not None:
             _shorten(model, config.keep_blocks)

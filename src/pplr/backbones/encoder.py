@@ -135,7 +135,7 @@ class Encoder(MatchingBackbone):
 
     @classmethod
     def load(cls, config: BackboneConfig, notify: Callable[[str], None] = lambda _: None) -> Encoder:
-        """Load from a short name, a hub id or a folder; see :func:`load_pretrained`."""
+        """Load from a short name, a hub id or a folder; see :func:`~pplr.backbones.loading.load_pretrained`."""
         model, tokenizer, folder = load_pretrained(config, FAMILIES, notify, ENCODER)
         if config.keep_blocks is not None:
             shorten(model, config.keep_blocks)

@@ -126,7 +126,7 @@ class ItemVectors(MatchingBackbone):
 
     @classmethod
     def load(cls, config: BackboneConfig, notify: Callable[[str], None] = lambda _: None) -> ItemVectors:
-        """Load the decoder; see :meth:`CausalLM.load`."""
+        """Load the decoder; see :meth:`~pplr.backbones.causal_lm.CausalLM.load`."""
         return cls(CausalLM.load(config, notify), config.item_vectors)
 
     @property

@@ -145,7 +145,7 @@ class Slots(Protocol):
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor by its name in an :data:`AdapterState`."""
+        """Shape of every tensor by its name in an :data:`~pplr.backbones.adapters.AdapterState`."""
 
     def bind(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Put one client's parameters in place, by reference."""
@@ -228,7 +228,7 @@ class AdapterSlots:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor by its name in an :data:`AdapterState`."""
+        """Shape of every tensor by its name in an :data:`~pplr.backbones.adapters.AdapterState`."""
         return {name: tuple(module.weight.shape) for name, module in self._places()}
 
     def _places(self) -> Iterable[tuple[str, nn.Linear]]:

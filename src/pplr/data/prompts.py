@@ -114,7 +114,7 @@ def training_users(holdout: Holdout, users: Iterable[int]) -> list[Sample]:
         users: User numbers, in the order wanted.
 
     Returns:
-        A sample of each user with two train items or more: all but the last, and the last.
+        A sample of each user with two train items or more, which is all but the last, and the last.
     """
     whole = [(int(user), holdout.train[user].tolist()) for user in users]
     return [Sample(user, tuple(items[:-1]), items[-1], every=True) for user, items in whole if len(items) > 1]
@@ -135,7 +135,7 @@ def evaluation_cases(
         history_items: Most items of a history; the newest are kept.
 
     Returns:
-        The cases, and how many of the users are left out: those without a past or without a target that is left.
+        The cases, and how many users are left out, which are those without a past or without a target that is left.
     """
     cases: list[Case] = []
     count = 0

@@ -35,7 +35,7 @@ class Stack(ABC):
 
     @abstractmethod
     def rows(self, name: str) -> Tensor:
-        """Read one tensor of all clients: (C, *shape), float32."""
+        """Read one tensor of all clients: ``(C, *shape)``, float32."""
 
 
 class HeldAdapters(Stack):
@@ -53,7 +53,7 @@ class HeldAdapters(Stack):
         return len(self._states)
 
     def rows(self, name: str) -> Tensor:
-        """Stack: (C, *shape)."""
+        """Stack: ``(C, *shape)``."""
         return torch.stack([state[name] for state in self._states])
 
 
@@ -73,7 +73,7 @@ class SomeAdapters(Stack):
         return len(self._places)
 
     def rows(self, name: str) -> Tensor:
-        """Pick: (C, *shape)."""
+        """Pick: ``(C, *shape)``."""
         rows = self._stack.rows(name)
         return rows if self._places == list(range(len(rows))) else rows[self._places]
 
@@ -126,12 +126,12 @@ class StoredAdapters(Stack):
         return 4 * int(np.prod(self.shapes[name]))
 
     def rows(self, name: str) -> Tensor:
-        """Read: (C, *shape)."""
+        """Read: ``(C, *shape)``."""
         numbers = np.fromfile(self._places[name], dtype="<f4")
         return torch.from_numpy(numbers).view(len(self), *self.shapes[name])
 
     def write_rows(self, name: str, rows: Tensor) -> None:
-        """Write one tensor of all clients: (C, *shape).
+        """Write one tensor of all clients: ``(C, *shape)``.
 
         Raises:
             StorageError: The disk refuses.

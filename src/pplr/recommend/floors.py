@@ -1,9 +1,9 @@
 """Floors: rankings without a language model, on the same holdout, that anything larger should beat.
 
-A floor is fitted on the training part only, of all clients pooled. It ranks from :attr:`Case.seen`, the user's whole
+A floor is fitted on the training part only, of all clients pooled. It ranks from ``Case.seen``, the user's whole
 past, and not from the few newest items that a prompt has room for: a floor is not to be held down by the prompt.
 
-Adding one is one function below :func:`_floor`.
+Adding one is one function below ``_floor``.
 
 Shapes: U users, B cases, N items.
 """

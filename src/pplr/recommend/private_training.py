@@ -90,7 +90,7 @@ def train_privately(
         advance: Told the number of samples done.
 
     Returns:
-        Steps and time alone: what depends on the users without noise is ``None``.
+        Steps and time alone; what depends on the users without noise is ``None``.
 
     Raises:
         FederationError: The client has no samples, or private training is off.

@@ -1,7 +1,7 @@
 """Hidden states, gradients, adapters and optimizer states as messages, checked before they are believed.
 
 Letters: B rows, T tokens of the longest row, D width, N real tokens of all rows together. Whatever does not fit
-raises :class:`WireError`, in both directions.
+raises :class:`~pplr.errors.WireError`, in both directions.
 """
 
 from __future__ import annotations

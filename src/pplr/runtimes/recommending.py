@@ -64,7 +64,7 @@ def best_items(scores: NDArray[Any], seen: Sequence[int], count: int, catalog: C
 
 
 def recommend_all(run: Run, client: str | None, count: int, progress: Progress) -> list[UserList]:
-    """Recommend to every user, by the adapter of the user's own client; see :meth:`Run.recommend_all`."""
+    """Recommend to every user, by the user's own client's adapter; see :meth:`~pplr.runtimes.run.Run.recommend_all`."""
     if count < 1:
         raise ConfigError(f"{count} items are to be recommended", cure="Ask for at least one.")
     if not (run.folder / "clients").is_dir():

@@ -338,7 +338,7 @@ class ClientModel:
     def begin_round(
         self, total_steps: int, objective: LocalObjective | None = None, anchor: AdapterState | None = None
     ) -> None:
-        """Prepare a round of local training; see :class:`StageOptimizer`."""
+        """Prepare a round of local training; see :class:`~pplr.stages.optimizer.StageOptimizer`."""
         objective = objective or LocalObjective()
         for member in self._members:
             member.optimizer.begin_round(total_steps, objective, anchor)
@@ -388,7 +388,10 @@ class ClientModel:
         return norm
 
     def release_gradient(self, noise: Callable[[torch.Size], Tensor], divisor: float, *, middle: bool = True) -> None:
-        """Make the kept sum with noise the gradient of the next step; see :meth:`StageOptimizer.release_gradient`."""
+        """Make the kept sum with noise the gradient of the next step.
+
+        See :meth:`~pplr.stages.optimizer.StageOptimizer.release_gradient`.
+        """
         for own in self._optimizers(middle=middle):
             own.release_gradient(noise, divisor)
 

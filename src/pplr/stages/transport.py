@@ -38,7 +38,7 @@ class Traffic:
 
 
 class Transport(Protocol):
-    """One client's way to its middle stage. Shapes are those of :class:`StageHost`."""
+    """One client's way to its middle stage. Shapes are those of :class:`~pplr.stages.host.StageHost`."""
 
     traffic: Traffic
 

@@ -330,7 +330,7 @@ class TransportContract:
         assert not same_state(other.adapter(), adapter)
 
     def test_refuses_what_is_out_of_turn(self) -> None:
-        """A step twice, a gradient without a pass, and a closed cache are each a :class:`TransportError`."""
+        """A step twice, a gradient without a pass, a closed cache: each is a :class:`~pplr.errors.TransportError`."""
         cut = self.cut()
         transport = self.admit(cut, "one", random_adapter(cut.shapes)).transport
         assert transport is not None
