@@ -299,9 +299,9 @@ class TrainingConfig(_Section):
     """Samples in memory at once; gradients add up over a batch. The whole batch when absent."""
 
     shared_prefix: bool = False
-    """With `causal_lm`: put a batch's samples in one row of tokens without padding, in which what all their prompts
-    begin with, such as the instruction, stands once. That is faster, and fewer bytes cross the cut. Losses and
-    gradients are the same without dropout; with it, what is shared is dropped once for all samples of the batch."""
+    """With `causal_lm`: put a batch's samples in one row of tokens without padding, in which the words before a history
+    stand once. That is faster, and fewer bytes cross the cut. Losses and gradients are the same without dropout; with
+    it, what is shared is dropped once for all samples of the batch."""
 
     recompute: bool = False
     """Run a client's own blocks again in the backward pass rather than keep their activations: slower, smaller."""

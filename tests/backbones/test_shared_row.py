@@ -8,8 +8,9 @@ import torch
 from pplr.backbones.base import Backbone
 from pplr.backbones.causal_lm import EncodedSample
 from pplr.backbones.shared_row import Places, SharedRow, joined, spread
+from pplr.data.prompts import Sample
 from pplr.errors import BackboneError
-from pplr.testing import refuses, tiny_backbone
+from pplr.testing import refuses, tiny_backbone, tiny_catalog
 
 ROWS = [SharedRow(3, (2, 4, 1)), SharedRow(0, (2, 4, 1)), SharedRow(5, (1,)), SharedRow(1, (2, 2)), SharedRow(0, (3,))]
 
@@ -68,6 +69,16 @@ def test_samples_in_a_row() -> None:
     assert alone.row == SharedRow(3, (2,))
     strangers = backbone.collate_row([EncodedSample((1, 2), (3,)), EncodedSample((4,), (5,))])
     assert strangers.row == SharedRow(0, (2, 1))
+
+
+@pytest.mark.parametrize("targets", ["one", "all"])
+def test_what_is_shared_tells_of_no_history(targets: str) -> None:
+    backbone = tiny_backbone(targets=targets)
+    alike = [Sample(user, (3, 0, user), 4) for user in (0, 1)]  # two histories that begin with the same two titles
+    for samples in (alike, alike[:1], [*alike, Sample(2, (5,), 1)]):
+        batch = backbone.collate_row(backbone.encode(samples, tiny_catalog(), 3))
+        quote = "" if targets == "all" else '"'
+        assert batch.row.prefix == len(backbone.template.before + quote)  # a byte is a token
 
 
 def test_a_backbone_without_prompts_says_so() -> None:

@@ -291,11 +291,12 @@ class CausalLM(Backbone):
         return self.pad([s.prompt + s.answer for s in encoded], [len(s.prompt) for s in encoded])
 
     def collate_row(self, encoded: Sequence[EncodedSample]) -> Batch:
-        """Put samples in one row without padding, and what their prompts begin with alike once in front.
+        """Put samples in one row without padding, and what every prompt begins with once in front.
 
-        The last token of a sample is asked for and stands before nothing, so it is no part of the row.
+        Where histories begin alike too, that is not shared: how long it is would tell of users. The last token of a
+        sample is asked for and stands before nothing, so it is no part of the row.
         """
-        shared = common_prefix([s.prompt for s in encoded])
+        shared = min(self.titles.opening, common_prefix([s.prompt for s in encoded]))
         rests = [(s.prompt + s.answer)[shared:] for s in encoded]
         row = SharedRow(shared, tuple(len(rest) - 1 for rest in rests))
         tokens = [*encoded[0].prompt[:shared], *(token for rest in rests for token in rest[:-1])]
