@@ -207,3 +207,15 @@ def test_an_answer_that_stands_otherwise_is_refused(federation, serve, monkeypat
     monkeypatch.setattr(own, "_exchange", other)
     with refuses(WireError, "do not stand as those"):
         own.forward(torch.randn(1, ROW.tokens, 32), torch.tensor([ROW.tokens]), StageCall(row=ROW), keep_as=None)
+
+
+def test_a_run_in_rows_ends_as_one_of_padded_rows(finished) -> None:
+    calm = ("adapter.dropout=0", "adapter.target_modules=[q_proj,v_proj]", "federation.rounds=1")
+    padded, rows = finished(*calm), finished(*calm, "training.shared_prefix=true")
+    crossed = []
+    for run in (padded, rows):
+        (record,) = run.rounds
+        crossed.append([own["bytes_up"] for own in record["clients"].values()])
+    for name, own in padded.rounds[0]["clients"].items():
+        assert rows.rounds[0]["clients"][name]["loss"] == pytest.approx(own["loss"], rel=1e-4)
+    assert all(one < other for one, other in zip(crossed[1], crossed[0], strict=True))
