@@ -17,6 +17,7 @@ from benchmarks.summary import write_summary
 BENCHMARKS = (
     "training",
     "packed",
+    "shared_prefix",
     "federated_round",
     "roofline",
     "clients",

@@ -1,9 +1,9 @@
 """A federated round of five clients, against the usual way: HF's Trainer with PEFT, the base loaded for each client.
 
 Both train on the same samples with real histories and mix by the same formula. Client by client the two take turns, so
-that both meet the same machine; pplr's round is the one of ``pplr train``, with its checkpoint, the model cut in this
-process. Neither measures validation. First a small round without dropout, batches in the same order in both, must end
-with the same training loss of every client.
+that both meet the same machine; pplr's round is the one of ``pplr train`` with ``training.shared_prefix``, with its
+checkpoint, the model cut in this process. Neither measures validation. First a small round without dropout, batches in
+the same order in both, must end with the same training loss of every client.
 
     python -m benchmarks.federated_round [--samples 16] [--rounds 2]
 """
@@ -39,7 +39,13 @@ from pplr.stages.model import CutModel
 BOUND = 3.0
 TOLERANCE = 0.01
 """Largest difference of a client's training loss, relative: the base is bfloat16 here, and float32 in the usual way."""
-TRAINING = ("training.samples=null", "training.local_epochs=1", "federation.rounds=1", "adapter.dropout=0.05")
+TRAINING = (
+    "training.samples=null",
+    "training.local_epochs=1",
+    "federation.rounds=1",
+    "adapter.dropout=0.05",
+    "training.shared_prefix=true",
+)
 
 Samples = Mapping[str, Sequence[EncodedSample]]
 
@@ -173,11 +179,12 @@ def measure(config: Config, backbone: CausalLM, count: int, rounds: int) -> dict
         for usual, own in zip(one["client_seconds"]["usual"], one["client_seconds"]["pplr"], strict=True)
     ]
     lengths = [backbone.length(sample) for own in samples.values() for sample in own]
+    form = "a batch in one row, what prompts share once" if config.training.shared_prefix else "a padded row each"
     cut = "uncut" if config.cut is None else f"cut {config.cut.input_layers} + {config.cut.output_layers}"
     notes = [
         f"{len(samples)} clients, {count} samples each, {sum(lengths):,} tokens in all ({min(lengths)} to "
         f"{max(lengths)} a sample), one epoch, batches of {config.training.batch_size}; pplr {config.backbone.dtype}, "
-        f"{cut} of {backbone.total_layers} blocks in one process, with mixing and checkpoint",
+        f"{cut} of {backbone.total_layers} blocks in one process, {form}, with mixing and checkpoint",
         f"a round takes {statistics.median(seconds['usual']):.1f} s in the usual way and "
         f"{statistics.median(seconds['pplr']):.1f} s in pplr, medians of {rounds}; of single clients, one against the "
         f"other, {min(pairs):.2f} to {max(pairs):.2f} times, median {statistics.median(pairs):.2f}",

@@ -298,6 +298,11 @@ class TrainingConfig(_Section):
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Samples in memory at once; gradients add up over a batch. The whole batch when absent."""
 
+    shared_prefix: bool = False
+    """With `causal_lm`: put a batch's samples in one row of tokens without padding, in which the words before a history
+    stand once. That is faster, and fewer bytes cross the cut. Losses and gradients are the same without dropout; with
+    it, what is shared is dropped once for all samples of the batch."""
+
     recompute: bool = False
     """Run a client's own blocks again in the backward pass rather than keep their activations: slower, smaller."""
 
@@ -581,6 +586,13 @@ class Config(_Section):
     def _fits_together(self) -> Self:
         if self.adapter.kind == "full" and self.training.recompute:
             raise ValueError("training.recompute goes with adapter.kind: lora alone")
+        if self.training.shared_prefix and self.backbone.name in ("item_vectors", "encoder"):
+            raise ValueError(f"training.shared_prefix goes with prompts, which {self.backbone.name} has none of")
+        if self.training.shared_prefix and self.privacy.states.is_on:
+            raise ValueError(
+                "training.shared_prefix does not go with privacy.states: its promise is of a user's own states and "
+                "gradients, and what is shared has one gradient of several users"
+            )
         if self.privacy.states.is_on and self.cut is None:
             raise ValueError("privacy.states needs a cut: of a model that is not cut nothing crosses")
         return self

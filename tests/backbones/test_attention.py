@@ -42,6 +42,17 @@ def test_it_is_the_formula_with_its_gradients(heads: int, shared: int, tokens: i
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize(("past", "tokens"), [(1, 1), (5, 1), (3, 97), (70, 150)])
+def test_queries_may_be_those_of_the_last_keys(past: int, tokens: int) -> None:
+    query, key, value = draw(2, 4, 2, past + tokens, 4, torch.float64)
+    wanted = causal_attention(query, key, value, 0.3)[:, :, past:]
+    out = causal_attention(query[:, :, past:], key, value, 0.3)
+    torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
+    grad = torch.randn(out.shape, dtype=torch.float64)
+    found, exact = (torch.autograd.grad(own, (query, key, value), grad) for own in (out, wanted))
+    torch.testing.assert_close(found, exact, rtol=1e-11, atol=1e-11)
+
+
 def test_rows_do_not_depend_on_what_lies_ahead_or_beside() -> None:
     query, key, value = draw(3, 4, 2, 130, 8, torch.bfloat16)
     out = causal_attention(query, key, value, 0.3)

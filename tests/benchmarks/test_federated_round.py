@@ -9,9 +9,10 @@ from benchmarks import federated_round
 PLAIN = ("federation.method=pplr", "federation.rounds=1", "training.samples=null", "training.local_epochs=1")
 
 
-@pytest.fixture
-def tiny(small_config, model_folder):
-    config = small_config(*PLAIN, f"backbone.model={model_folder}", "training.learning_rate=0.001")
+@pytest.fixture(params=[False, True], ids=["padded", "one row"])
+def tiny(request, small_config, model_folder):
+    shared = f"training.shared_prefix={str(request.param).lower()}"
+    config = small_config(*PLAIN, f"backbone.model={model_folder}", "training.learning_rate=0.001", shared)
     return config, federated_round.backbone_of(config)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from pplr.backbones.shared_row import SharedRow
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import PplrError
 from pplr.runtimes import codec
@@ -94,6 +95,10 @@ class Target:
         states = codec.encode_states(
             torch.randn(len(lengths), max(lengths), 32), torch.tensor(lengths), Wire.FLOAT32, padded_left=left
         )
+        if draw.random() < 0.3:
+            row = SharedRow(draw.randrange(3), tuple(lengths))
+            whole = torch.tensor([row.tokens])
+            states = codec.encode_states(torch.randn(1, row.tokens, 32), whole, Wire.FLOAT32, row=row)
         (session,) = self.server.tenancies.of("fuzzer")[:1]
         tensors = codec.encode_tensors(session.host.adapter(session.name))
         cache, step = draw.choice((1, 2, 3)), draw.randrange(1, 4)

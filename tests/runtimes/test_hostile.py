@@ -512,6 +512,13 @@ case("rows and tokens within limits, with nothing in them", WRONG, lambda w: w.f
 case("lengths that add up to terabytes", WRONG, lambda w: w.forward(states(lengths=[HUGE, HUGE])))
 case("padding that is a bomb", WRONG, lambda w: w.forward(states((300, *[1] * 300))), max_message_bytes=1 << 20)
 case("no rows", WRONG, lambda w: w.forward(states(rows=0, lengths=[])))
+case("a shared prefix of billions", WRONG, lambda w: w.forward(states(prefix=HUGE)))
+case("a shared prefix that was not sent", WRONG, lambda w: w.forward(states(prefix=1)))
+case("a shared prefix that makes a bomb of short rows", WRONG, lambda w: w.forward(
+    states((1,) * 300, prefix=4000)
+), max_message_bytes=1 << 20)  # fmt: skip
+case("a shared prefix in new tokens of a cache", WRONG, lambda w: w.decode(states((1, 1), left=True, prefix=0)))
+case("a gradient in one row for a pass in two", WRONG, lambda w: w.backward(states(prefix=0)))
 case("a row of no tokens", WRONG, lambda w: w.forward(states(lengths=[5, 0])))
 case("no row that has all tokens", WRONG, lambda w: w.forward(states(tokens=6)))
 case("another width", WRONG, lambda w: w.forward(states(width=WIDTH // 2)))

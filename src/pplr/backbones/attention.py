@@ -5,7 +5,8 @@ wanted, bfloat16 attention is computed otherwise: as matrix products where the p
 is causal and the sequence short, and in float32 elsewhere. Everything else is transformers' own.
 
 Batches of different shapes can stand one after another in one row of tokens, so that the linear layers see them as one
-matrix. Within :func:`batches` attention keeps them apart: each attends to itself alone, as it would by itself.
+matrix. Within :func:`batches` attention keeps them apart: each attends to itself alone, as it would by itself. So do
+the sequences of a :class:`~pplr.backbones.shared_row.SharedRow`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from pplr.backbones.arithmetic import is_widened
 from pplr.backbones.causal_attention import MOST_TOKENS, causal_attention
+from pplr.backbones.shared_row import Places, SharedRow, joined, spread
 
 __all__ = ["ATTENTION", "Part", "batches"]
 
@@ -39,16 +41,26 @@ class Part:
         rows: B.
         tokens: T, of each row.
         mask: (B, T), 0 where a token is padding; absent where blocks look back only and padding is on the right.
+        places: Where its tokens are found, when they stand as those of a :class:`SharedRow`, without padding.
+        rests: Where those are found that are not shared, after the shared ones.
     """
 
     rows: int
     tokens: int
     mask: Tensor | None = None
+    places: Places | None = None
+    rests: Places | None = None
+
+    @classmethod
+    def of(cls, row: SharedRow, device: torch.device | str) -> Part:
+        """Make a batch of the sequences of a row, for blocks that look back only."""
+        rests = Places(SharedRow(0, row.lengths), device)
+        return cls(len(row.lengths), row.longest, None, Places(row, device), rests)
 
     @property
     def size(self) -> int:
-        """Tokens of all rows, with padding."""
-        return self.rows * self.tokens
+        """Tokens in the row, with the padding that stands there."""
+        return self.rows * self.tokens if self.places is None else len(self.places.to_row)
 
 
 _PARTS: ContextVar[Sequence[Part]] = ContextVar("parts", default=())
@@ -83,11 +95,37 @@ def _attention(
         return _alone(module, query, key, value, attention_mask, **options), None
     masks = attention_mask or [None] * len(parts)
     found = []
-    apart = (_apart(states, parts) for states in (query, key, value))
-    for mask, q, k, v in zip(masks, *apart, strict=True):
-        states = _alone(module, q, k, v, mask, **options)
-        found.append(states.flatten(0, 1))  # (B_i, T_i, heads, D_head) -> (B_i T_i, heads, D_head)
-    return torch.cat(found).unsqueeze(0), None
+    apart = (states.split([part.size for part in parts], dim=2) for states in (query, key, value))
+    for part, mask, q, k, v in zip(parts, masks, *apart, strict=True):
+        if part.places is None:
+            states = _alone(module, _rows(q, part), _rows(k, part), _rows(v, part), mask, **options)
+            found.append(states.flatten(0, 1)[None])  # (B, T, heads, D_head) -> (1, B T, heads, D_head)
+        else:
+            found.append(_shared(module, q, k, v, part.places, part.rests, mask, **options))
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1), None
+
+
+def _shared(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    places: Places,
+    rests: Places | None,
+    mask: Tensor | None,
+    **options: Any,
+) -> Tensor:
+    """Attend within the sequences of a row: (1, heads, N, D_head) -> (1, N, heads, D_head)."""
+    k, v, shared = spread(key, places), spread(value, places), places.shared
+    if rests is None or not _is_faster_as_products(module, query, k, mask, options):
+        return joined(_alone(module, spread(query, places), k, v, mask, **options), places)
+    scaling = options.get("scaling") or query.shape[-1] ** -0.5
+    own = causal_attention(spread(query[:, :, shared:], rests), k, v, scaling)  # shared tokens are keys alone
+    found = joined(own.transpose(1, 2), rests)
+    if shared == 0:
+        return found
+    before = causal_attention(query[:, :, :shared], key[:, :, :shared], value[:, :, :shared], scaling)
+    return torch.cat([before.transpose(1, 2), found], dim=1)
 
 
 def _alone(
@@ -95,11 +133,10 @@ def _alone(
 ) -> Tensor:
     """Attend within one batch: (B, heads, T, D_head) -> (B, T, heads, D_head)."""
     dtype = query.dtype
-    slow = query.requires_grad and dtype == torch.bfloat16 and query.device.type == "cpu"
-    if slow and not is_widened(query) and _is_plain(module, query, key, attention_mask, options):
+    if query.shape[2] == key.shape[2] and _is_faster_as_products(module, query, key, attention_mask, options):
         scaling = options.get("scaling") or query.shape[-1] ** -0.5
         return causal_attention(query, key, value, scaling).transpose(1, 2)
-    if slow or is_widened(query):
+    if _is_slow(query) or is_widened(query):
         query, key, value = query.float(), key.float(), value.float()
         if attention_mask is not None and attention_mask.dtype == dtype:
             attention_mask = attention_mask.float()
@@ -107,24 +144,28 @@ def _alone(
     return states.to(dtype)
 
 
-def _apart(states: Tensor, parts: Sequence[Part]) -> list[Tensor]:
-    """Part a row of tokens into its batches: (1, heads, N, D_head) -> (B_i, heads, T_i, D_head) each."""
-    own = states[0].split([part.size for part in parts], dim=1)
-    return [
-        found.unflatten(1, (part.rows, part.tokens)).transpose(0, 1) for found, part in zip(own, parts, strict=True)
-    ]
+def _rows(states: Tensor, part: Part) -> Tensor:
+    """Part a batch's tokens into its rows: (1, heads, B T, D_head) -> (B, heads, T, D_head)."""
+    return states[0].unflatten(1, (part.rows, part.tokens)).transpose(0, 1)
 
 
-def _is_plain(
+def _is_slow(query: Tensor) -> bool:
+    """Tell whether the fused kernel's backward pass would be slow."""
+    return query.requires_grad and query.dtype == torch.bfloat16 and query.device.type == "cpu"
+
+
+def _is_faster_as_products(
     module: nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
 ) -> bool:
-    """Tell whether every position attends to all that lies behind it, of a short sequence without a past."""
+    """Tell whether every position attends to all that lies behind it, of short sequences that train in bfloat16."""
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    whole = attention_mask is None and query.shape[2] == key.shape[2] <= MOST_TOKENS
     return (
-        bool(causal)
-        and whole
+        _is_slow(query)
+        and not is_widened(query)
+        and bool(causal)
+        and attention_mask is None
+        and key.shape[2] <= MOST_TOKENS
         and not any(options.get(name) for name in ("dropout", "softcap", "cache"))
         and (options.get("position_bias") is None)
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pplr.backbones.shared_row import SharedRow
 from pplr.config import BackboneConfig
 from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample
@@ -51,17 +52,20 @@ class Batch:
         lengths: (B,) real tokens of each row.
         is_target: (B, T), true where the token is one that the loss asks for.
         labels: (B,) what the loss asks for, where it is none of the tokens.
+        row: How the sequences stand in one row, where they do. Then B is 1 above; ``is_target`` is true where the token
+            that follows in the same sequence is asked for, and ``labels`` are these tokens.
     """
 
     input_ids: Tensor
     lengths: Tensor
     is_target: Tensor
     labels: Tensor | None = None
+    row: SharedRow | None = None
 
     @property
     def samples(self) -> int:
-        """B."""
-        return self.input_ids.shape[0]
+        """Sequences."""
+        return self.input_ids.shape[0] if self.row is None else len(self.row.lengths)
 
     @property
     def targets(self) -> int:
@@ -70,7 +74,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Real tokens, without padding."""
+        """Real tokens, without padding; shared ones count once."""
         return int(self.lengths.sum())
 
 
@@ -107,19 +111,19 @@ class Blocks(nn.Module, ABC):
         """
 
     @contextmanager
-    def recomputing(self, prepare: Callable[[], None]) -> Iterator[None]:
+    def recomputing(self, prepare: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
         """Let passes within keep no activations inside the blocks, which run again in the backward pass.
 
         This uses the checkpointing of transformers' blocks, one block at a time.
 
         Args:
-            prepare: Called before whatever runs again, so that it finds what it ran with at first.
+            prepare: Makes what surrounds whatever runs again, so that it finds what it ran with at first.
         """
 
         def run(block: Callable[..., Any], *inputs: Any) -> Any:
             def prepared(*inputs: Any) -> Any:
-                prepare()
-                return block(*inputs)
+                with prepare():
+                    return block(*inputs)
 
             return checkpoint(prepared, *inputs, use_reentrant=False, preserve_rng_state=False)
 
@@ -248,6 +252,16 @@ class Backbone(ABC):
     @abstractmethod
     def collate(self, encoded: Sequence[Any]) -> Batch:
         """Pad encoded samples to a batch."""
+
+    def collate_row(self, encoded: Sequence[Any]) -> Batch:
+        """Put encoded samples in one row without padding, and what all begin with once in front.
+
+        Raises:
+            BackboneError: The backbone has no such form.
+        """
+        raise BackboneError(
+            f"samples of the backbone {self.name} share no row", cure="Set training.shared_prefix: false."
+        )
 
     @property
     def text(self) -> Backbone:

@@ -27,22 +27,26 @@ def _spans(tokens: int) -> list[tuple[int, int]]:
 
 
 class _Causal(torch.autograd.Function):
-    """softmax(scaling Q Kᵀ) V over what lies behind; G query heads share a key head, and are rows of one product."""
+    """softmax(scaling Q Kᵀ) V over what lies behind; G query heads share a key head, and are rows of one product.
+
+    With more keys than queries, the queries are those of the last keys.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         batch, heads, tokens, width = query.shape
-        shared = key.shape[1]
+        shared, past = key.shape[1], key.shape[2] - tokens
         q = query.reshape(batch, shared, heads // shared, tokens, width)
-        k, v = (own.reshape(batch * shared, tokens, width) for own in (key, value))
+        k, v = (own.reshape(batch * shared, past + tokens, width) for own in (key, value))
         wide = torch.promote_types(query.dtype, torch.float32)
         keys, out, kept = k.to(wide), torch.empty_like(q, memory_format=torch.contiguous_format), []
         for start, end in _spans(tokens):
-            scores = torch.bmm(_rows(q, start, end).to(wide) * scaling, keys[:, :end].transpose(1, 2))
-            by_head = scores.view(-1, end - start, end)  # (B heads, queries, keys)
-            by_head[..., start:] += torch.full((end - start, end - start), -torch.inf, dtype=wide).triu_(1)
+            seen = past + end
+            scores = torch.bmm(_rows(q, start, end).to(wide) * scaling, keys[:, :seen].transpose(1, 2))
+            by_head = scores.view(-1, end - start, seen)  # (B heads, queries, keys)
+            by_head[..., past + start :] += torch.full((end - start, end - start), -torch.inf, dtype=wide).triu_(1)
             share = torch.softmax(scores, dim=-1).to(query.dtype)
-            out[:, :, :, start:end] = torch.bmm(share, v[:, :end]).view(*q.shape[:3], end - start, width)
+            out[:, :, :, start:end] = torch.bmm(share, v[:, :seen]).view(*q.shape[:3], end - start, width)
             kept.append(share)
         ctx.scaling = scaling
         ctx.save_for_backward(q, k, v, *kept)
@@ -52,18 +56,18 @@ class _Causal(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, *kept = ctx.saved_tensors
         batch, shared, group, tokens, width = q.shape
-        grad_out = grads[0].reshape(q.shape)
+        grad_out, past = grads[0].reshape(q.shape), k.shape[1] - tokens
         wide = torch.promote_types(q.dtype, torch.float32)
         grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
         grad_k, grad_v = torch.zeros(k.shape, dtype=wide), torch.zeros(v.shape, dtype=wide)
         for (start, end), share in zip(_spans(tokens), kept, strict=True):
-            own = _rows(grad_out, start, end)
-            grad_v[:, :end] += torch.bmm(share.transpose(1, 2), own)
-            of_share = torch.bmm(own, v[:, :end].transpose(1, 2))
+            own, seen = _rows(grad_out, start, end), past + end
+            grad_v[:, :seen] += torch.bmm(share.transpose(1, 2), own)
+            of_share = torch.bmm(own, v[:, :seen].transpose(1, 2))
             scores = torch._softmax_backward_data(of_share, share, -1, share.dtype) * ctx.scaling
-            grad_q[:, :, :, start:end] = torch.bmm(scores, k[:, :end]).view(*q.shape[:3], end - start, width)
-            grad_k[:, :end] += torch.bmm(scores.transpose(1, 2), _rows(q, start, end))
-        of_keys, of_values = (g.to(k.dtype).view(batch, shared, tokens, width) for g in (grad_k, grad_v))
+            grad_q[:, :, :, start:end] = torch.bmm(scores, k[:, :seen]).view(*q.shape[:3], end - start, width)
+            grad_k[:, :seen] += torch.bmm(scores.transpose(1, 2), _rows(q, start, end))
+        of_keys, of_values = (g.to(k.dtype).view(batch, shared, -1, width) for g in (grad_k, grad_v))
         return grad_q.view(batch, shared * group, tokens, width), of_keys, of_values, None
 
 
@@ -80,7 +84,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
 
     Args:
         query: (B, heads, T, d).
-        key: (B, heads that are shared, T, d); as many or a divisor of the query's.
+        key: (B, heads that are shared, T_past + T, d), heads as many or a divisor of the query's; the queries are of
+            the last T.
         value: The same shape.
         scaling: What scores are multiplied with.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -19,6 +19,8 @@ from pplr.backbones.base import Backbone, Batch, Blocks, register, span_tensors
 from pplr.backbones.bundles import base_fingerprint
 from pplr.backbones.loading import load_pretrained
 from pplr.backbones.losses import head_loss
+from pplr.backbones.norms import freeze_norms
+from pplr.backbones.shared_row import SharedRow, common_prefix
 from pplr.backbones.titles import EncodedSample, ListTokens, PromptTokens
 from pplr.config import BackboneConfig, PromptConfig
 from pplr.data.interactions import Catalog
@@ -61,6 +63,7 @@ class DecoderBlocks(Blocks):
         inner.requires_grad_(False)
         inner.eval()
         widen(inner)
+        freeze_norms(inner)
         self.inner = inner
         self.layers = inner.layers
         rotary = getattr(inner.rotary_emb, "rope_type", "default")
@@ -86,7 +89,7 @@ class DecoderBlocks(Blocks):
         ).last_hidden_state
 
     @contextmanager
-    def recomputing(self, prepare: Callable[[], None]) -> Iterator[None]:
+    def recomputing(self, prepare: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
         """Run each half of a block, with its norm, again in the backward pass.
 
         Halves rather than blocks, so that the backward pass holds the activations of attention or of the feed-forward
@@ -96,8 +99,8 @@ class DecoderBlocks(Blocks):
         def checkpointed(norm: Callable[[Tensor], Tensor], own: Callable[..., Any]) -> Callable[..., Any]:
             def half(hidden_states: Tensor, **options: Any) -> Any:
                 def prepared(hidden_states: Tensor) -> Any:
-                    prepare()
-                    return own(norm(hidden_states), **options)
+                    with prepare():
+                        return own(norm(hidden_states), **options)
 
                 return checkpoint(prepared, hidden_states, use_reentrant=False, preserve_rng_state=False)
 
@@ -287,6 +290,27 @@ class CausalLM(Backbone):
         """Pad on the right; the answer's tokens are the targets."""
         return self.pad([s.prompt + s.answer for s in encoded], [len(s.prompt) for s in encoded])
 
+    def collate_row(self, encoded: Sequence[EncodedSample]) -> Batch:
+        """Put samples in one row without padding, and what every prompt begins with once in front.
+
+        Where histories begin alike too, that is not shared: how long it is would tell of users. The last token of a
+        sample is asked for and stands before nothing, so it is no part of the row.
+        """
+        shared = min(self.titles.opening, common_prefix([s.prompt for s in encoded]))
+        rests = [(s.prompt + s.answer)[shared:] for s in encoded]
+        row = SharedRow(shared, tuple(len(rest) - 1 for rest in rests))
+        tokens = [*encoded[0].prompt[:shared], *(token for rest in rests for token in rest[:-1])]
+        asked = [False] * shared
+        for sample, rest in zip(encoded, rests, strict=True):
+            asked += [False] * (len(rest) - 1 - len(sample.answer)) + [True] * len(sample.answer)
+        return Batch(
+            torch.tensor([tokens], device=self.device),
+            torch.tensor([row.tokens]),
+            torch.tensor([asked], device=self.device),
+            torch.tensor([token for sample in encoded for token in sample.answer], device=self.device),
+            row,
+        )
+
     def pad(self, rows: Sequence[Sequence[int]], first_target: Sequence[int] | None = None) -> Batch:
         """Pad token rows on the right to a batch.
 
@@ -322,8 +346,11 @@ class CausalLM(Backbone):
 
     def loss(self, hidden_states: Tensor, batch: Batch, ends: Mapping[str, Tensor] | None = None) -> Tensor:
         """Sum the cross-entropy over answer tokens; the head runs only where one is predicted."""
-        before = hidden_states[:, :-1][batch.is_target[:, 1:]]  # (M, D), the states that predict answer tokens
-        labels = batch.input_ids[:, 1:][batch.is_target[:, 1:]]  # (M,)
+        if batch.row is not None and batch.labels is not None:
+            before, labels = hidden_states[batch.is_target], batch.labels
+        else:
+            before = hidden_states[:, :-1][batch.is_target[:, 1:]]  # (M, D), the states that predict answer tokens
+            labels = batch.input_ids[:, 1:][batch.is_target[:, 1:]]  # (M,)
         return head_loss(self.model.lm_head, self.final_states(before), labels)
 
     def read_answer(self, tokens: Sequence[int]) -> str:

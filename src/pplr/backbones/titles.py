@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
+from pplr.backbones.shared_row import common_prefix
 from pplr.data.interactions import Catalog
 from pplr.data.prompts import PromptTemplate, Sample
 from pplr.errors import DataError
@@ -49,6 +51,11 @@ class PromptTokens:
     def whole_prompt(self, titles: Sequence[str]) -> tuple[int, ...]:
         """Encode a history, however long it is."""
         return self.start + self.tokens(self.template.prompt(titles))
+
+    @cached_property
+    def opening(self) -> int:
+        """Count the tokens that every prompt begins with, whatever the history: they tell of no user."""
+        return common_prefix([self.whole_prompt([title]) for title in ("A", "z", "7", "(")])
 
     def answer(self, title: str) -> tuple[int, ...]:
         """Encode a title as an answer, with the token that ends it."""

@@ -6,17 +6,17 @@ Shapes: B users, W beams of each, T tokens of a padded prompt, G tokens written 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pplr.backbones.causal_lm import CausalLM
+from pplr.backbones.shared_row import common_prefix
 from pplr.stages.model import ClientModel, GenerationCache
 from pplr.stages.stage import StageCall
 
-__all__ = ["Beams", "PackedBeams", "RowBeams", "beams_of", "common_prefix", "padded_left"]
+__all__ = ["Beams", "PackedBeams", "RowBeams", "beams_of", "padded_left"]
 
 
 class Beams(Protocol):
@@ -153,17 +153,6 @@ class RowBeams:
         positions = _positions(self._mask)[:, -tokens.shape[1] :]
         call = StageCall(attention_mask=self._mask, position_ids=positions)
         return self._backbone.logits(self._model.decode(tokens, call, self._cache)[:, -1])
-
-
-def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Count the tokens that all prompts begin with alike; the last token of none is among them.
-
-    Example:
-        >>> common_prefix([[1, 2, 3], [1, 2, 4, 5]]), common_prefix([[1, 2], [1, 2]])
-        (2, 1)
-    """
-    alike = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False)))
-    return min(alike, min(map(len, prompts)) - 1)
 
 
 def padded_left(prompts: Sequence[Sequence[int]], pad_token: int) -> tuple[Tensor, Tensor]:

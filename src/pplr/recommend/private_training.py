@@ -140,10 +140,8 @@ def _backward(model: ClientModel, own: Sequence[Any], config: TrainingConfig, co
     drawn = model.backbone.draw(own, coins.seed())
     micro = config.micro_batch_size or config.batch_size
     order = sorted(range(len(drawn)), key=lambda place: model.backbone.length(drawn[place]))
-    parts = [
-        model.backbone.collate([drawn[place] for place in order[start : start + micro]])
-        for start in range(0, len(order), micro)
-    ]
+    collate = model.backbone.collate_row if config.shared_prefix else model.backbone.collate
+    parts = [collate([drawn[place] for place in order[start : start + micro]]) for start in range(0, len(order), micro)]
     wanted = sum(part.targets for part in parts)
     for part in parts:
         (model.train_loss(part, coins.seed()) / wanted).backward()

@@ -85,6 +85,7 @@ def train_locally(
     started = time.perf_counter()
     horizon = 1 if config.optimizer_state == "reset" else rounds
     model.begin_round(steps_per_round(len(encoded), config) * horizon, objective, anchor)
+    collate = model.backbone.collate_row if config.shared_prefix else model.backbone.collate
     samples = steps = tokens = targets = 0
     total_loss = 0.0
     try:
@@ -95,7 +96,7 @@ def train_locally(
             for positions in bucketed_batches(lengths, config.batch_size, seed, client, server_round, epoch):
                 micro = config.micro_batch_size or len(positions)
                 parts = [
-                    model.backbone.collate([drawn[i] for i in positions[start : start + micro]])
+                    collate([drawn[i] for i in positions[start : start + micro]])
                     for start in range(0, len(positions), micro)
                 ]
                 seeds = [derive_seed(seed, "dropout", client, server_round, steps, own) for own in range(len(parts))]

@@ -1,7 +1,8 @@
 """Hidden states, gradients, adapters and optimizer states as messages, checked before they are believed.
 
 Letters: B rows, T tokens of the longest row, D width, N real tokens of all rows together. Whatever does not fit
-raises :class:`~pplr.errors.WireError`, in both directions.
+raises :class:`~pplr.errors.WireError`, in both directions. Sequences in one row
+(:class:`~pplr.backbones.shared_row.SharedRow`) travel as they stand.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pplr.backbones.shared_row import SharedRow
 from pplr.errors import WireError
 from pplr.runtimes import stage_pb2 as pb
 
@@ -32,6 +34,7 @@ __all__ = [
     "lengths_of_left_mask",
     "positions_of",
     "relative_error",
+    "row_of",
 ]
 
 _MAX_ROWS, _MAX_TOKENS = 512, 8192
@@ -91,7 +94,9 @@ class Limits:
     max_norm: float = 1e5
 
 
-def encode_states(states: Tensor, lengths: Tensor, wire: Wire, *, padded_left: bool = False) -> pb.States:
+def encode_states(
+    states: Tensor, lengths: Tensor, wire: Wire, *, padded_left: bool = False, row: SharedRow | None = None
+) -> pb.States:
     """Write the vectors of real tokens, row after row; padding does not travel.
 
     int8 keeps round(x / s) and s = max|x| / 127 of each token, so x is off by at most about s / 2.
@@ -101,6 +106,7 @@ def encode_states(states: Tensor, lengths: Tensor, wire: Wire, *, padded_left: b
         lengths: (B,), real tokens of each row, at least 1, or 0 where padding is on the left; the longest row has T.
         wire: How to send them. Only float32 keeps every bit, and bfloat16 those of bfloat16.
         padded_left: Whether padding is on the left.
+        row: How sequences stand in the one row of states (1, N, D), whose length is N.
     """
     shape, kind = tuple(states.shape), states.dtype
     floats = kind in (torch.float32, torch.bfloat16, torch.float16)
@@ -119,7 +125,11 @@ def encode_states(states: Tensor, lengths: Tensor, wire: Wire, *, padded_left: b
     vectors = vectors.to(_SENT_AS[wire])
     _check(bool(torch.isfinite(vectors).all()), "states to send that are not finite", _DIVERGED)
     message = pb.States(rows=shape[0], tokens=shape[1], width=shape[2], wire=wire.number, padded_left=padded_left)
-    message.lengths.extend(counts)
+    if row is not None:
+        fits = shape[:2] == (1, row.tokens) and min(row.lengths) >= 1 and not padded_left
+        _check(fits, f"states {shape} of a row of {row.tokens} tokens", _SAME)
+        message.rows, message.tokens, message.prefix = len(row.lengths), max(row.lengths), row.prefix
+    message.lengths.extend(counts if row is None else row.lengths)
     message.data, message.scales = _raw(vectors), scales
     return message
 
@@ -136,20 +146,24 @@ def decode_states(
         device: Where to put the states; lengths stay on the CPU.
 
     Returns:
-        The states (B, T, D), 0 where there is padding, and the lengths (B,).
+        The states (B, T, D), 0 where there is padding, and the lengths (B,). Where sequences stand in one row, that row
+        (1, N, D), whose layout :func:`row_of` tells, and its length.
 
     Raises:
         WireError: It is malformed, over a limit, or not finite.
     """
     rows, tokens, width = message.rows, message.tokens, message.width
     _check(width == limits.width, f"states {width} wide, expected {limits.width}", _SAME)
-    _check_extent(rows, tokens, limits.max_rows, limits.max_tokens)
-    padded = rows * tokens * width
+    in_row, longest = message.HasField("prefix"), message.prefix + tokens
+    _check(not (in_row and message.padded_left), "sequences in one row that are padded", _SAME)
+    _check(tokens >= 1, "states of no token", _SAME)
+    _check_extent(rows, longest, limits.max_rows, limits.max_tokens)
+    padded = rows * longest * width
     _check(padded <= limits.max_message_bytes, f"{padded} numbers with padding, over the limit", _SMALLER)
     _check(len(message.lengths) == rows, f"{len(message.lengths)} lengths for {rows} rows", _SAME)
     counts = list(message.lengths)
     _check_lengths(counts, rows, tokens, empty=message.padded_left)
-    wire, total = Wire.of(message.wire), sum(counts)
+    wire, total = Wire.of(message.wire), message.prefix + sum(counts)
     data, scales = message.data, message.scales
     _check(len(data) + len(scales) <= limits.max_message_bytes, "states of more bytes than the limit", _SMALLER)
     _check_size(len(data), total * width * _SENT_AS[wire].itemsize, "states")
@@ -165,6 +179,8 @@ def decode_states(
         vectors = vectors.to(dtype)
         _check_norms(vectors, limits.max_norm, "states")
         vectors = vectors.to(device)
+        if in_row:
+            return vectors.view(1, total, width), torch.tensor([total])
         if total == rows * tokens:
             states = vectors.view(rows, tokens, width)
         else:
@@ -173,6 +189,11 @@ def decode_states(
     except (MemoryError, RuntimeError) as error:
         raise WireError(f"{padded} numbers could not be put on {device}", cure=_SMALLER) from error
     return states, torch.tensor(counts)
+
+
+def row_of(message: pb.States) -> SharedRow | None:
+    """Tell how sequences stand in the row that a message holds, which :func:`decode_states` took; ``None`` if apart."""
+    return SharedRow(message.prefix, tuple(message.lengths)) if message.HasField("prefix") else None
 
 
 def encode_tensors(tensors: Mapping[str, Tensor]) -> pb.Tensors:

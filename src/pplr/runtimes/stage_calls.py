@@ -14,6 +14,7 @@ import torch
 from google.protobuf.message import Message
 from torch import Tensor
 
+from pplr.backbones.shared_row import SharedRow
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import LimitError, TransportError, WireError
 from pplr.runtimes import codec
@@ -139,7 +140,10 @@ class SessionCalls:
 
     def _forward_in(self, session: Session, request: Any) -> tuple[Asked, Tensor]:
         states, lengths = self._sequences_in(session, request.states)
-        tokens = states.shape[0] * states.shape[1]
+        row = codec.row_of(request.states)
+        if row is not None and not session.host.stage.takes_rows:
+            _refuse("sequences in one row, which this model's blocks do not keep apart", "Send them padded.")
+        tokens = states.shape[0] * states.shape[1] if row is None else row.padded
         if request.keep:
             if len(session.kept) >= self._limits.max_kept:
                 raise LimitError(
@@ -152,18 +156,20 @@ class SessionCalls:
             dropout_seed=request.dropout_seed if request.has_dropout_seed else None,
             adapter=request.adapter,
             lengths=lengths,
+            row=row,
         )
         return Asked(session.name, request.step, states, call), lengths
 
     def _forward_out(self, session: Session, request: Any, left: Tensor, lengths: Tensor) -> Any:
         try:
-            reply = pb.StatesReply(states=codec.encode_states(left, lengths, session.wire))
+            row = codec.row_of(request.states)
+            reply = pb.StatesReply(states=codec.encode_states(left, lengths, session.wire, row=row))
         except WireError:
             if request.keep:
                 session.host.forget(session.name, request.step)
             raise
         if request.keep:
-            session.kept[request.step] = tuple(lengths.tolist())
+            session.kept[request.step] = _layout(request.states)
         return reply
 
     def _backward(self, session: Session, request: Any) -> Any:
@@ -178,13 +184,14 @@ class SessionCalls:
     def _backward_in(self, session: Session, request: Any) -> tuple[Asked, Tensor]:
         gradient, lengths = self._sequences_in(session, request.states)
         sent = session.kept.get(request.step)
-        if sent is not None and sent != tuple(lengths.tolist()):
+        if sent is not None and sent != _layout(request.states):
             _refuse(f"a gradient whose lengths are not those of step {request.step}", "Send the gradient of that step.")
         return Asked(session.name, request.step, gradient), lengths
 
     def _backward_out(self, session: Session, request: Any, left: Tensor, lengths: Tensor) -> Any:
         try:
-            reply = pb.StatesReply(states=codec.encode_states(left, lengths, session.wire))
+            row = codec.row_of(request.states)
+            reply = pb.StatesReply(states=codec.encode_states(left, lengths, session.wire, row=row))
         except (WireError, RuntimeError):  # what it left behind is no gradient
             session.let_go()
             raise
@@ -289,6 +296,8 @@ class SessionCalls:
         return pb.CacheReply(cache=cache)
 
     def _decode(self, session: Session, request: Any) -> Any:
+        if request.states.HasField("prefix"):
+            _refuse("new tokens of a cache in one row", "Send them padded on the left.")
         states, new = self._states_in(session, request.states)
         cache = session.caches.get(request.cache)
         if cache is None:
@@ -474,6 +483,11 @@ class OperatorCalls:
 
     def _metrics(self, request: Any) -> Any:
         return pb.TextReply(text=self._text())
+
+
+def _layout(message: Any) -> tuple[int, ...] | SharedRow:
+    """Tell what a gradient has to be like: the lengths of rows, or how sequences stand in one."""
+    return codec.row_of(message) or tuple(message.lengths)
 
 
 def _write_adapter(session: Session, message: Any, max_bytes: int) -> None:

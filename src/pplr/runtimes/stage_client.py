@@ -11,6 +11,7 @@ from google.protobuf.message import Message
 from torch import Tensor
 
 from pplr.backbones.adapters import AdapterState, block_of
+from pplr.backbones.shared_row import SharedRow
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import ServerLostError, TransportError, WireError
 from pplr.runtimes import codec
@@ -72,6 +73,7 @@ class GrpcTransport:
         self._sequence, self._session, self._max_bytes = 0, 0, _MAX_REPLY
         self._unanswered = False  # whether the newest request may or may not have been carried out
         self._rows: dict[int, list[int] | None] = {}  # of each open cache, those to keep at its next use
+        self._layouts: dict[int, SharedRow] = {}  # of each kept step that was sent in one row
         hello = pb.HelloRequest(
             version=PROTOCOL,
             base_sha256=base_sha256,
@@ -130,20 +132,26 @@ class GrpcTransport:
             self._sequence, self._unanswered = sequence, False
             return
 
-    def _send(self, states: Tensor, lengths: Tensor, *, padded_left: bool = False) -> Any:
-        return codec.encode_states(states, lengths, self.wire, padded_left=padded_left)
+    def _send(self, states: Tensor, lengths: Tensor, *, padded_left: bool = False, row: SharedRow | None = None) -> Any:
+        return codec.encode_states(states, lengths, self.wire, padded_left=padded_left, row=row)
 
     def _received(self, sent: Any, message: Any) -> Tensor:
         self.traffic.bytes_up += len(sent.data) + len(sent.scales)
         self.traffic.bytes_down += len(message.data) + len(message.scales)
         states, _ = codec.decode_states(message, self._limits, dtype=self._dtype, device=torch.device(self._device))
+        if codec.row_of(message) != codec.row_of(sent):
+            raise WireError(
+                "states that do not stand as those that were sent", cure="Use the same version on both sides."
+            )
         return states
 
     # -- the transport ----------------------------------------------------------------------------------------
 
     def forward(self, hidden_states: Tensor, lengths: Tensor, call: StageCall, *, keep_as: int | None) -> Tensor:
         """Run the middle stage: (B, T, D) -> (B, T, D); padding comes back as zeros."""
-        states = self._send(hidden_states, lengths)
+        states = self._send(hidden_states, lengths, row=call.row)
+        if keep_as is not None and call.row is not None:
+            self._layouts[keep_as] = call.row
         request = pb.ForwardRequest(
             header=self._header(),
             states=states,
@@ -157,7 +165,7 @@ class GrpcTransport:
 
     def backward(self, step: int, grad_hidden_states: Tensor, lengths: Tensor) -> Tensor:
         """Send a gradient back: (B, T, D) -> (B, T, D)."""
-        states = self._send(grad_hidden_states, lengths)
+        states = self._send(grad_hidden_states, lengths, row=self._layouts.pop(step, None))
         request = pb.BackwardRequest(header=self._header(), step=step, states=states)
         return self._received(states, self._exchange("Backward", request, pb.StatesReply).states)
 
@@ -167,6 +175,7 @@ class GrpcTransport:
     def discard(self) -> None:
         """Let go of kept activations, gradients and caches."""
         self._rows.clear()
+        self._layouts.clear()
         self._let_go("Discard")
 
     def begin_round(self, total_steps: int, objective: LocalObjective, anchor: AdapterState | None) -> None:

@@ -30,7 +30,7 @@ DTYPE_BFLOAT16: DType
 DTYPE_INT64: DType
 
 class States(_message.Message):
-    __slots__ = ("rows", "tokens", "width", "wire", "padded_left", "lengths", "data", "scales")
+    __slots__ = ("rows", "tokens", "width", "wire", "padded_left", "lengths", "data", "scales", "prefix")
     ROWS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,7 @@ class States(_message.Message):
     LENGTHS_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     SCALES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
     rows: int
     tokens: int
     width: int
@@ -47,7 +48,8 @@ class States(_message.Message):
     lengths: _containers.RepeatedScalarFieldContainer[int]
     data: bytes
     scales: bytes
-    def __init__(self, rows: _Optional[int] = ..., tokens: _Optional[int] = ..., width: _Optional[int] = ..., wire: _Optional[_Union[Wire, str]] = ..., padded_left: bool = ..., lengths: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ..., scales: _Optional[bytes] = ...) -> None: ...
+    prefix: int
+    def __init__(self, rows: _Optional[int] = ..., tokens: _Optional[int] = ..., width: _Optional[int] = ..., wire: _Optional[_Union[Wire, str]] = ..., padded_left: bool = ..., lengths: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ..., scales: _Optional[bytes] = ..., prefix: _Optional[int] = ...) -> None: ...
 
 class NamedTensor(_message.Message):
     __slots__ = ("name", "dtype", "shape", "data")

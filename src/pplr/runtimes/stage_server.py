@@ -355,7 +355,7 @@ class StageServer:
             if name == "BeginRound":
                 self._refuse_while_draining()
             if self.limits.together > 1 and (found := self._session_calls.meeting(name, session, request)) is not None:
-                tokens = request.states.rows * request.states.tokens
+                tokens = request.states.rows * (request.states.prefix + request.states.tokens)
                 guest = Guest(session.owner.client, tokens, (session, request, told))
                 return self._meet(name, guest, *found)
             return self._carry_out(handler, session, request, told)

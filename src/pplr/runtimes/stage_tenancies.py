@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pplr.backbones.adapters import adapter_shapes, check_adapter
 from pplr.backbones.base import Backbone
+from pplr.backbones.shared_row import SharedRow
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import LimitError, PplrError, TransportError, UnknownSessionError
 from pplr.runtimes.codec import Wire
@@ -149,13 +150,13 @@ class Session:
     in_round: bool = False
     used: float = field(default_factory=time.monotonic)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    kept: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    kept: dict[int, tuple[int, ...] | SharedRow] = field(default_factory=dict)
     caches: dict[int, CacheState] = field(default_factory=dict)
 
     @property
     def kept_tokens(self) -> int:
         """Tokens, with padding, whose activations wait: each pass is padded to its longest row."""
-        return sum(len(lengths) * max(lengths) for lengths in self.kept.values())
+        return sum(own.padded if isinstance(own, SharedRow) else len(own) * max(own) for own in self.kept.values())
 
     @property
     def name(self) -> str:

@@ -212,7 +212,7 @@ class ClientModel:
         """Sum the loss over a batch's targets, ready for ``backward``, which crosses the cut again.
 
         Args:
-            batch: Padded on the right.
+            batch: Padded on the right, or in one row.
             dropout_seed: Seed of this pass's dropout masks; ``None`` drops nothing.
         """
         part = self._numbered(batch, dropout_seed)
@@ -231,13 +231,14 @@ class ClientModel:
 
     def _numbered(self, batch: Batch, dropout_seed: int | None) -> MicroBatch:
         self._step += self.transport is not None
-        return MicroBatch(batch, StageCall(dropout_seed=dropout_seed, lengths=batch.lengths), self._step)
+        call = StageCall(dropout_seed=dropout_seed, lengths=batch.lengths, row=batch.row)
+        return MicroBatch(batch, call, self._step)
 
     def _enter(self, part: MicroBatch) -> Tensor:
         """Embed a batch, run the input stage, and guard what is to cross: (B, T) -> (B, T, D)."""
         states = self.backbone.embed(part.batch.input_ids, self._members[0].ends, part.call.dropout_seed)
         states = self._stages[0].run(self._members[0], states, part.call)
-        return states if self.transport is None else self._guarded(states, part.batch.lengths)
+        return states if self.transport is None else self._guarded(states, part.batch)
 
     def _leave(self, states: Tensor, part: MicroBatch) -> Tensor:
         """Run the output stage and sum the loss: (B, T, D) -> ()."""
@@ -274,8 +275,16 @@ class ClientModel:
             losses.append(float(loss.detach()))
         return losses
 
-    def _guarded(self, states: Tensor, lengths: Tensor | None = None, *, public: bool = False) -> Tensor:
-        return states if self.guard is None else self.guard.states(states, lengths, public=public)
+    def _guarded(self, states: Tensor, batch: Batch | None = None, *, public: bool = False) -> Tensor:
+        if self.guard is None:
+            return states
+        if batch is not None and batch.row is not None:
+            raise ConfigError(
+                "a guard of what crosses the cut, and samples in one row: a gradient that several users share is not "
+                "what its promise is of",
+                cure="Set training.shared_prefix: false.",
+            )
+        return self.guard.states(states, None if batch is None else batch.lengths, public=public)
 
     def _guarded_gradient(self, lengths: Tensor, scales: Sequence[Tensor], gradient: Tensor) -> Tensor:
         """Guard a gradient by how much the summed loss was scaled, which its own gradient says."""
@@ -286,15 +295,15 @@ class ClientModel:
         """Run a batch without keeping anything: (B, T) -> (B, T, D), before the final norm.
 
         Args:
-            batch: Padded on the right.
+            batch: Padded on the right, or in one row.
             adapter: Whether the adapter takes part; without it these are the base model's states.
             public: Whether the batch holds nothing of a user.
         """
-        call = StageCall(adapter=adapter, lengths=batch.lengths)
+        call = StageCall(adapter=adapter, lengths=batch.lengths, row=batch.row)
         states = self.backbone.embed(batch.input_ids, self._members[0].ends)
         states = self._stages[0].run(self._members[0], states, call)
         if self.transport is not None:
-            states = self._guarded(states, batch.lengths, public=public)
+            states = self._guarded(states, batch, public=public)
             states = self.transport.forward(states, batch.lengths, call, keep_as=None)
         return self._stages[1].run(self._members[1], states, call)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pplr.backbones.adapters import AdapterState, check_adapter
 from pplr.backbones.attention import Part, batches
 from pplr.backbones.base import Backbone, End
+from pplr.backbones.shared_row import SharedRow
 from pplr.backbones.slots import AdapterSlots, Slots, Tenant, make_slots
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import BackboneError, TransportError
@@ -33,6 +34,8 @@ class StageCall:
         adapter: Whether the adapter takes part; without it the stage is the base model's.
         lengths: (B,) real tokens of each row, which blocks that look ahead must know; what follows is padding. With a
             mask for each new token: the real ones of them; what comes before is padding.
+        row: How sequences stand in one row of tokens, where they do; B is 1 then, and there is neither a mask nor
+            positions.
     """
 
     attention_mask: Tensor | None = None
@@ -40,6 +43,7 @@ class StageCall:
     dropout_seed: int | None = None
     adapter: bool = True
     lengths: Tensor | None = None
+    row: SharedRow | None = None
 
     def new_lengths(self, tokens: int) -> Tensor:
         """Count the real ones of each row's ``tokens`` newest tokens, which padding comes before: (B,).
@@ -99,15 +103,40 @@ class Stage:
         """Bytes of the frozen tensors of this stage."""
         return sum(p.nbytes for name, p in self.blocks.named_parameters() if "lora_" not in name)
 
+    @property
+    def takes_rows(self) -> bool:
+        """Whether sequences can stand in one row: blocks look back only, and keep them apart."""
+        return self.blocks.keeps_apart and not self.backbone.bidirectional
+
     def run(self, member: Member, hidden_states: Tensor, call: StageCall, cache: Any = None) -> Tensor:
-        """Run the blocks with one member's adapter: (B, T, D) -> (B, T, D)."""
-        self._prepare(member, call)
-        mask = call.attention_mask
-        if self.backbone.bidirectional:
+        """Run the blocks with one member's adapter: (B, T, D) -> (B, T, D).
+
+        Raises:
+            BackboneError: Sequences stand in one row, and the blocks do not keep them apart.
+        """
+        mask, positions, parts = call.attention_mask, call.position_ids, list[Part]()
+        if call.row is not None:
+            if not self.takes_rows:
+                raise BackboneError(
+                    "blocks of this model do not keep apart what stands in one row",
+                    cure="Set training.shared_prefix: false.",
+                )
+            parts = [Part.of(call.row, hidden_states.device)]
+            positions = call.row.positions().to(hidden_states.device)
+            mask = torch.ones_like(positions)
+        elif self.backbone.bidirectional:
             mask = call.mask(hidden_states.shape[1], hidden_states.device)
+
+        @contextmanager
+        def prepared() -> Iterator[None]:
+            self._prepare(member, call)
+            with batches(parts):
+                yield
+
         again = self.recompute and cache is None
-        with self.blocks.recomputing(lambda: self._prepare(member, call)) if again else nullcontext():
-            return self.slots.run(self.blocks, hidden_states, mask, call.position_ids, cache)
+        recomputing: AbstractContextManager[None] = self.blocks.recomputing(prepared) if again else nullcontext()
+        with prepared(), recomputing:
+            return self.slots.run(self.blocks, hidden_states, mask, positions, cache)
 
     def run_row(
         self, hidden_states: Tensor, position_ids: Tensor, parts: Sequence[Part], tenants: Sequence[Tenant]

@@ -27,7 +27,7 @@ class Entry:
 
     Args:
         member: Its adapter in the stage.
-        hidden_states: (B, T, D), padded on the right.
+        hidden_states: (B, T, D), padded on the right, or in one row.
         call: How the stage is to be run; with the adapter, and without a mask or positions of its own.
 
     Attributes:
@@ -133,11 +133,13 @@ def _run(stage: Stage, entries: Sequence[Entry]) -> list[Tensor]:
         parts, tenants, positions = [], [], []
         for entry in entries:
             rows, tokens, _ = entry.entering.shape
-            mask = entry.call.mask(tokens, entry.entering.device) if stage.backbone.bidirectional else None
-            parts.append(Part(rows, tokens, mask))
+            device, shared = entry.entering.device, entry.call.row
+            mask = entry.call.mask(tokens, device) if stage.backbone.bidirectional else None
+            parts.append(Part(rows, tokens, mask) if shared is None else Part.of(shared, device))
             tenants.append(Tenant(entry.member.parameters, entry.tokens, entry.call.dropout_seed))
-            positions.append(torch.arange(tokens, device=entry.entering.device).repeat(rows))
+            places = torch.arange(tokens).repeat(rows) if shared is None else shared.positions()[0]
+            positions.append(places.to(device))
         row = torch.cat([entry.entering.flatten(0, 1) for entry in entries]).unsqueeze(0)  # (1, N, D)
         left = stage.run_row(row, torch.cat(positions).unsqueeze(0), parts, tenants)
         own = left[0].split([part.size for part in parts])
-        return [states.view(part.rows, part.tokens, -1) for states, part in zip(own, parts, strict=True)]
+        return [states.view(entry.entering.shape) for states, entry in zip(own, entries, strict=True)]
