@@ -89,5 +89,9 @@ def test_configuration_data_and_command_line_load_no_torch(statement: str):
     assert not loaded_after(statement) & {"torch", "transformers", "peft"}
 
 
+def test_what_trackers_need_is_loaded_by_runs_that_have_them_alone():
+    assert not loaded_after("import pplr.runtimes.in_process, pplr.runtimes.trackers") & {"tensorboard", "mlflow"}
+
+
 def test_the_check_sees_what_is_loaded():
     assert "numpy" in loaded_after("import pplr.seeds")
