@@ -66,7 +66,7 @@ def loaded_after(statement: str) -> set[str]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=240,
     )
     return set(told.stdout.split())
 
