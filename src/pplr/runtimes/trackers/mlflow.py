@@ -18,16 +18,18 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-__all__ = ["QUIET", "MLflow", "without_secrets"]
+__all__ = ["QUIET", "UNLESS_SET", "MLflow", "without_secrets"]
 
 QUIET: Final[Mapping[str, str]] = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
 """MLflow tells its makers how it is used unless these are set, some of it when it is imported."""
 
-_UNLESS_SET: Final[Mapping[str, str]] = {
+UNLESS_SET: Final[Mapping[str, str]] = {
     "MLFLOW_ALLOW_FILE_STORE": "true",  # else the one store that needs no further package is refused
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a server that is gone holds a run up for seconds, not minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
+"""What is set for MLflow unless the user did."""
+
 _STORE, _RECORD = "mlruns", "mlflow.json"
 _EXPERIMENT: Final = "pplr"
 _MOST_METRICS, _MOST_PARAMETERS = 1000, 100
@@ -48,7 +50,7 @@ class MLflow(Tracker):
     def __init__(self) -> None:
         super().__init__()
         os.environ.update(QUIET)
-        for name, value in _UNLESS_SET.items():
+        for name, value in UNLESS_SET.items():
             os.environ.setdefault(name, value)
         from mlflow.tracking import MlflowClient
 
