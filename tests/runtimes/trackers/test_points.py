@@ -73,6 +73,26 @@ def test_the_final_points_are_all_figures_of_metrics_json_that_were_measured(fin
     assert "run/cost/client/train_flops" not in points
 
 
+def test_what_a_federation_does_not_measure_has_no_point():
+    nothing = {"stored_bytes": None, "peak_rss_bytes": None}
+    metrics = {
+        "method": "pplr",
+        "overall": {"mrr": 0.25},
+        "clients": {"north": {"users": 3, "mrr": None}},
+        "spread": {"mrr": {"worst": None, "best": None, "std": None, "gap": None}},
+        "floors": {},
+        "cost": {"client": nothing, "server": nothing, "wire": {"bytes_up": 7, "bytes_down": None}},
+        "seconds": {"total": None, "train": 2.5, "evaluate": None},
+        "samples_per_second": None,
+    }
+    assert final_points(metrics) == {
+        "test/mrr/overall": 0.25,
+        "test/users/client/north": 3.0,
+        "run/cost/wire/bytes_up": 7.0,
+        "run/seconds/train": 2.5,
+    }
+
+
 def test_a_round_and_the_end_of_a_run_have_no_tag_in_common(finished):
     run = finished("evaluation.before=true")
     assert not set(round_points(run.rounds[-1])) & set(final_points(run.metrics))

@@ -130,6 +130,14 @@ def test_one_that_fails_leaves_the_others_alone(tmp_path, small_config, recorder
     assert len(heard) == 1
 
 
+def test_what_cannot_be_read_ends_the_tracking_alone(tmp_path, small_config, recorder):
+    heard = []
+    with Tracking(small_config("run.trackers=[recorder]"), heard.append) as tracking:
+        tracking.begin(tmp_path)
+        tracking.rounds([{"server_round": 1, "similarity": None, "clients": {"0": {"loss": "high"}}}])
+    assert [line.split(" (")[0] for line in heard] == ["recorder failed and is told no more in this run"]
+
+
 def test_what_cannot_be_opened_is_an_error_before_training(tmp_path, small_config, backbone, recorder, monkeypatch):
     monkeypatch.setattr(recorder, "fails_at", "open")
     heard = _Listener(at_round=pytest.fail)

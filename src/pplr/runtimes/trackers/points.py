@@ -74,7 +74,7 @@ def final_points(metrics: Mapping[str, Any]) -> dict[str, float]:
     told |= dict(_leaves("floors", metrics.get("floors")))
     for section in ("cost", "seconds", "samples_per_second"):
         told |= dict(_leaves(f"run/{section}", metrics.get(section)))
-    return {tag: float(value) for tag, value in told.items() if value is not None}
+    return {tag: float(value) for tag, value in told.items() if isinstance(value, int | float)}
 
 
 def parameters(config: Config) -> dict[str, str]:

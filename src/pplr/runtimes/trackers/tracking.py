@@ -15,6 +15,8 @@ from pplr.runtimes.trackers.points import final_points, parameters, round_points
 
 __all__ = ["Tracking"]
 
+_Points = Callable[[Mapping[str, Any]], dict[str, float]]
+
 
 class Tracking:
     """Tells a run's trackers of its rounds, as a context: they are closed with it.
@@ -58,17 +60,17 @@ class Tracking:
             server_round = int(record["server_round"])
             if server_round not in self._told:
                 self._told.add(server_round)
-                self._write(server_round, round_points(record))
+                self._write(server_round, round_points, record)
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Tell of ``metrics.json``, at the last server round."""
         if self._open:
-            self._write(max(self._told, default=0), final_points(metrics))
+            self._write(max(self._told, default=0), final_points, metrics)
 
-    def _write(self, step: int, points: Mapping[str, float]) -> None:
+    def _write(self, step: int, points_of: _Points, content: Mapping[str, Any]) -> None:
         for tracker in list(self._open):
             try:
-                tracker.write(step, points)
+                tracker.write(step, points_of(content))
             except Exception as error:  # whatever it is, the run is worth more
                 self._open.remove(tracker)
                 self._note(
