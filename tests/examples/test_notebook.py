@@ -51,9 +51,10 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, data_folder
     run = open_run(tmp_path / "runs" / "notebook")
     assert len(run.rounds) == 2
     metrics = run.metrics
-    shown = next(iter(metrics["spread"]))
+    shown = run.config.evaluation.validation_metric
     for label, value in (("before", metrics["before"]["overall"]), ("after", metrics["overall"])):
         assert f"{label:<12}{shown} {value[shown]:.4f}" in told
+    assert "server round 2, validation" in told
     assert f"{run.rounds[0]['clients']['0']['bytes_up']:,} bytes up" in told
     user = run.assembly().data.users("0")[0]
     for found in run.recommend(user=user, count=5):
