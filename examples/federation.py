@@ -3,7 +3,7 @@
     python examples/federation.py [section.field=value ...]
 
 Five clients share MovieLens-100K among them. The first run keeps every client alone (`local`); the others are held
-against it over the same users. With the quickstart's model three runs take some minutes each.
+against it over the same users.
 """
 
 import sys
