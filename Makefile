@@ -32,8 +32,8 @@ demo: $(VENV)/.installed ## Train five clients on MovieLens-100K, the model cut 
 test: check ## Run everything that CI runs.
 
 check: $(VENV)/.installed ## Lint, types, layers, tests and doctests.
-	$(BIN)/ruff check src tests benchmarks docs
-	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks docs examples
+	$(BIN)/ruff format --check src tests benchmarks docs examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest --quiet --numprocesses $(WORKERS) --dist loadfile

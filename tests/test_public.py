@@ -66,7 +66,7 @@ def loaded_after(statement: str) -> set[str]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=240,
     )
     return set(told.stdout.split())
 
@@ -87,6 +87,10 @@ def test_importing_the_package_loads_next_to_nothing():
 )
 def test_configuration_data_and_command_line_load_no_torch(statement: str):
     assert not loaded_after(statement) & {"torch", "transformers", "peft"}
+
+
+def test_what_trackers_need_is_loaded_by_runs_that_have_them_alone():
+    assert not loaded_after("import pplr.runtimes.in_process, pplr.runtimes.trackers") & {"tensorboard", "mlflow"}
 
 
 def test_the_check_sees_what_is_loaded():

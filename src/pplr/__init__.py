@@ -18,32 +18,42 @@ if TYPE_CHECKING:
     from pplr.config_files import config_template, load_config
     from pplr.errors import PplrError
     from pplr.runtimes.address import StageServerAt
-    from pplr.runtimes.launch import train
+    from pplr.runtimes.assembly import RunData
+    from pplr.runtimes.comparing import Difference, compare
+    from pplr.runtimes.launch import load_data, train
     from pplr.runtimes.run import Recommendation, Run, open_run
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "Config",
+    "Difference",
     "PplrError",
     "Recommendation",
     "Run",
+    "RunData",
     "StageServerAt",
     "__version__",
+    "compare",
     "config_template",
     "load_config",
+    "load_data",
     "open_run",
     "train",
 ]
 
 _HOME = {
     "Config": "pplr.config",
+    "Difference": "pplr.runtimes.comparing",
     "PplrError": "pplr.errors",
     "Recommendation": "pplr.runtimes.run",
     "Run": "pplr.runtimes.run",
+    "RunData": "pplr.runtimes.assembly",
     "StageServerAt": "pplr.runtimes.address",
+    "compare": "pplr.runtimes.comparing",
     "config_template": "pplr.config_files",
     "load_config": "pplr.config_files",
+    "load_data": "pplr.runtimes.launch",
     "open_run": "pplr.runtimes.run",
     "train": "pplr.runtimes.launch",
 }

@@ -557,6 +557,9 @@ class RunConfig(_Section):
     checkpoints: int = Field(default=2, ge=1)
     """How many of the newest checkpoints to keep."""
 
+    trackers: tuple[str, ...] = ()
+    """Where curves go besides `rounds.jsonl`: `tensorboard`, `mlflow` (`pip install 'pplr[tensorboard,mlflow]'`)."""
+
 
 class Config(_Section):
     """A whole run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ from pplr.errors import ConfigError, nearest
 __all__ = ["config_template", "load_config"]
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration from a YAML file and apply overrides.
+def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration from a YAML file, or from sections written in Python, and apply overrides.
 
     Args:
-        path: A YAML file; absent means all defaults. Relative paths inside it are taken from its own folder
-            if they exist there, else from the working directory.
+        source: A YAML file, or a mapping with its content; absent means all defaults. Relative paths inside a file are
+            taken from its own folder if they exist there, else from the working directory.
         overrides: ``section.field=value`` strings, values in YAML.
 
     Raises:
@@ -29,10 +30,14 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Example:
         >>> load_config(overrides=["federation.rounds=2"]).federation.rounds
         2
+        >>> load_config({"federation": {"clients": 3}}).federation.clients
+        3
     """
     raw: dict[str, Any] = {}
-    if path is not None:
-        path = Path(path)
+    if isinstance(source, Mapping):
+        raw = copy.deepcopy(dict(source))
+    elif source is not None:
+        path = Path(source)
         try:
             loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -54,7 +59,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise _explain(error, str(path) if path else "the configuration") from None
+        raise _explain(error, str(source) if isinstance(source, str | Path) else "the configuration") from None
 
 
 def config_template() -> str:

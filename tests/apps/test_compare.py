@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pplr.apps.compare import compare, difference_table, run_table, spread_table
+from pplr.apps.compare import difference_table, run_table, spread_table
 from pplr.errors import ConfigError, RunError
+from pplr.runtimes.comparing import compare
 
 Make = Callable[..., Any]
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from pplr.apps.results import metric_names, result_table
+from pplr.apps.results import result_table
+from pplr.runtimes.comparing import metric_names
 
 Metrics = Callable[..., dict[str, Any]]
 

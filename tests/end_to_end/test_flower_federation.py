@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from pplr.runtimes import in_process
+from pplr.runtimes.run import open_run
 from pplr.testing import same_state
 from tests.end_to_end.machines import LIMIT_S, Place, records
+from tests.runtimes.trackers.reading import check_trackers
 
 pytest.importorskip("flwr")
 TITLES = ("Titanic", "Fargo")
@@ -26,9 +28,10 @@ def test_three_machines_give_the_run_of_one_process(machines: Place, tmp_path: P
     machines.start_server()
     for name in machines.names:
         machines.start_client(name)
-    done = machines.train(tmp_path / "there")
+    done = machines.train(tmp_path / "there", "--set", "run.trackers=[tensorboard, mlflow]")
     assert done.returncode == 0, done.stdout + done.stderr + "".join(map(machines.log, machines.processes))
     assert records(tmp_path / "there") == records(here.folder)
+    check_trackers(open_run(tmp_path / "there"))
     metrics = json.loads((tmp_path / "there" / "metrics.json").read_text())
     assert metrics["clients"] == here.metrics["clients"]
     assert metrics["overall"] == pytest.approx(here.metrics["overall"], abs=1e-12)

@@ -302,7 +302,6 @@ def audit(
 
     screen = Screen()
     with screen.busy("loading libraries"):
-        from pplr.runtimes.auditing import audit_run, make_settings
         from pplr.runtimes.run import open_run
     with closing(open_run(run_dir)) as run:
         progress = TerminalProgress(screen)
@@ -310,8 +309,8 @@ def audit(
         if sweep and not cuts:
             cuts = auditing.sweep_cuts(run.assembly(progress).backbone.total_layers)
         noises = noise or (auditing.SWEPT_NOISES if sweep else (0.0,))
-        settings = make_settings(
-            audits=only or (),
+        content = run.audit(
+            attacks=only or (),
             knowledge=has or (),
             users=users,
             cuts=cuts,
@@ -320,8 +319,8 @@ def audit(
             guards=[own.split(",") for own in guard or ()],
             wire=wire,
             seed=seed,
+            progress=progress,
         )
-        content = audit_run(run, settings, progress)
     for heading, table in auditing.audit_tables(content):
         screen.line()
         screen.line(heading, style="bold")
@@ -348,21 +347,22 @@ def compare(
     ] = None,
 ) -> None:
     """Put runs side by side, and test each against the first over the same users."""
-    from pplr.apps import compare as comparing
+    from pplr.apps.compare import difference_table, run_table, spread_table
     from pplr.apps.terminal import Screen
+    from pplr.runtimes.comparing import compare as compare_runs
 
     screen = Screen()
     with screen.busy("loading libraries"):
         from pplr.runtimes.run import open_run
     runs = [open_run(run_dir) for run_dir in run_dirs]
-    screen.table(comparing.run_table(runs))
+    screen.table(run_table(runs))
     screen.line()
-    screen.table(comparing.spread_table(runs, metric or ()))
+    screen.table(spread_table(runs, metric or ()))
     if len(runs) > 1:
         with screen.busy("resampling users"):
-            differences = comparing.compare(runs, metric or (), samples=samples, seed=seed)
+            differences = compare_runs(runs, metric or (), samples=samples, seed=seed)
         screen.line()
-        screen.table(comparing.difference_table(differences, runs[0]))
+        screen.table(difference_table(differences, runs[0]))
     if html is not None:
         with screen.busy("drawing"):
             from pplr.apps.reports.pages import write_comparison

@@ -8,8 +8,9 @@ from typing import Any
 from rich.text import Text
 
 from pplr.apps.tables import Table, clean, figure, human_bytes, human_count, human_seconds
+from pplr.runtimes.comparing import metric_names
 
-__all__ = ["metric_names", "result_table"]
+__all__ = ["result_table"]
 
 
 def result_table(metrics: Mapping[str, Any], width: int | None = None) -> list[Text]:
@@ -40,12 +41,6 @@ def result_table(metrics: Mapping[str, Any], width: int | None = None) -> list[T
             lines.append(Text())
         lines += section
     return lines
-
-
-def metric_names(metrics: Mapping[str, Any]) -> list[str]:
-    """Name the metrics of a run in their order."""
-    groups = [metrics.get("overall") or {}, *(metrics.get("clients") or {}).values()]
-    return [name for name in dict.fromkeys(name for group in groups for name in group) if name != "users"]
 
 
 def _headline(metrics: Mapping[str, Any]) -> str:

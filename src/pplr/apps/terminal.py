@@ -44,7 +44,9 @@ class Screen:
     ) -> None:
         file = file or sys.stdout
         terminal = file.isatty() if interactive is None else interactive
-        self.console = _Console(file=file, force_terminal=terminal, width=width, highlight=False, markup=False)
+        self.console = _Console(
+            file=file, force_terminal=terminal, force_jupyter=False, width=width, highlight=False, markup=False
+        )
         self.interactive = terminal and not self.console.is_dumb_terminal
         columns = os.environ.get("COLUMNS", "")
         self._width = width or (int(columns) if columns.isdigit() and int(columns) > 0 else None)

@@ -81,6 +81,26 @@ class RunData:
     test: Mapping[str, Sequence[Case]]
     left_out: int
 
+    def users(self, client: str) -> list[str]:
+        """Name a client's users, by the data's ids.
+
+        Raises:
+            PartitionError: There is no such client.
+        """
+        if client not in self.partition.names:
+            raise PartitionError(f"there is no client {client!r}", cure=nearest(client, self.partition.names))
+        own = self.partition.users[self.partition.names.index(client)]
+        return [self.dataset.user_ids[user] for user in sorted(own.tolist())]
+
+    def titles(self, user: str) -> list[str]:
+        """Return the titles of everything a user did, oldest first.
+
+        Raises:
+            UnknownItemError: There is no such user; the nearest is named.
+        """
+        catalog = self.dataset.catalog
+        return [catalog.titles[item] for item in self.dataset.histories[self.dataset.user(user)]]
+
     def client_of(self, user: int) -> str:
         """Name the client that holds a user."""
         for name, users in zip(self.partition.names, self.partition.users, strict=True):

@@ -29,6 +29,7 @@ from pplr.runtimes.identity import Enrolled, enrolled
 from pplr.runtimes.middles import Middles, StageMiddles
 from pplr.runtimes.orders import OrderDesk, greeting, read_start
 from pplr.runtimes.run_folder import RoundWriter, claimed, training_cost
+from pplr.runtimes.trackers import Tracking
 from pplr.storage import write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -179,14 +180,19 @@ def train(
 
     if stage_server is not None and config.cut is None:
         raise ConfigError("a stage server for a model that is not cut", cure="Set cut, or leave out --kit.")
-    with claimed(folder, config, resume=resume), contextlib.ExitStack() as closing:
+    with (
+        Tracking(config, heard.note) as tracking,
+        claimed(folder, config, resume=resume),
+        contextlib.ExitStack() as closing,
+    ):
         middles = None
         if stage_server is not None:
             middles = closing.enter_context(contextlib.closing(StageMiddles(stage_server.kit, stage_server.address)))
         if not (folder / "config.yaml").exists():
             write_atomic(folder / "config.yaml", config.to_yaml().encode())
         standing = _Standing()
-        writer = RoundWriter(standing, folder, heard)
+        tracking.begin(folder)
+        writer = RoundWriter(standing, folder, heard, tracking)
 
         def open_desk(reports: Mapping[str, bytes]) -> OrderDesk:
             desk = _open_desk(config, reports, folder, resume, heard, middles)
@@ -209,6 +215,7 @@ def train(
                 heard.note(f"client {name} did not test its adapter: its figures are missing")
         metrics = _metrics(config, {name: told[name] for name in names if name in told}, standing.records)
         write_json(folder / "metrics.json", metrics)
+        tracking.finish(metrics)
         return metrics
 
 

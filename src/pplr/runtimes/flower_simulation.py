@@ -24,6 +24,7 @@ from pplr.runtimes.parcels import Parcel
 from pplr.runtimes.participant import Participant
 from pplr.runtimes.run import SECRETS, Run
 from pplr.runtimes.run_folder import RoundWriter, claimed, write_start
+from pplr.runtimes.trackers import Tracking
 
 if TYPE_CHECKING:
     from flwr.app import Context
@@ -54,7 +55,11 @@ def train(config: Config, run_dir: str | Path, *, resume: bool = False, progress
     load_flower()
     folder, progress = Path(run_dir).resolve(), progress or Silent()
     started: float | None = time.perf_counter()
-    with claimed(folder, config, resume=resume), contextlib.ExitStack() as closing:
+    with (
+        Tracking(config, progress.note) as tracking,
+        claimed(folder, config, resume=resume),
+        contextlib.ExitStack() as closing,
+    ):
         assembly = closing.enter_context(contextlib.closing(Assembly(config, progress, secrets=folder / SECRETS)))
         store = CheckpointStore(folder / "checkpoints", keep=config.run.checkpoints, warn=progress.note)
         names = assembly.data.partition.names
@@ -65,12 +70,13 @@ def train(config: Config, run_dir: str | Path, *, resume: bool = False, progress
             assembly.check_secrets()
             started = None  # the time of the processes before this one is not known
             progress.note(f"going on after server round {server.next_round} of {config.federation.rounds}")
-        writer = RoundWriter(server, folder, progress)
+        tracking.begin(folder)
+        writer = RoundWriter(server, folder, progress, tracking)
         writer.write()
         base, catalog = assembly.backbone.fingerprint(), assembly.data.dataset.catalog.sha256
         _carry_out(config, folder, OrderDesk(server, base, catalog, progress.note), writer)
         run = Run(folder, config, assembly)
-        evaluate_run(run, progress, started=started)
+        tracking.finish(evaluate_run(run, progress, started=started))
         closing.pop_all()  # the run goes on with the parts
         return run
 

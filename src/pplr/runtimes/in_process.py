@@ -24,6 +24,7 @@ from pplr.runtimes.memory import peak_rss_bytes
 from pplr.runtimes.run import SECRETS, Run
 from pplr.runtimes.run_folder import RoundWriter, claimed, training_cost, write_start
 from pplr.runtimes.state_counts import announced, guarded_run
+from pplr.runtimes.trackers import Tracking
 from pplr.storage import write_json
 
 __all__ = ["evaluate_run", "train"]
@@ -59,7 +60,11 @@ def train(
     """
     folder, progress = Path(run_dir), progress or Silent()
     started: float | None = time.perf_counter()
-    with claimed(folder, config, resume=resume), contextlib.ExitStack() as closing:
+    with (
+        Tracking(config, progress.note) as tracking,
+        claimed(folder, config, resume=resume),
+        contextlib.ExitStack() as closing,
+    ):
         secrets = folder / SECRETS
         store = CheckpointStore(folder / "checkpoints", keep=config.run.checkpoints, warn=progress.note)
         assembly = Assembly(config, progress, backbone, stage_server, secrets=secrets)
@@ -79,13 +84,14 @@ def train(
             _check_ledgers(federation)
             started = None  # the time of the processes before this one is not known
             progress.note(f"going on after server round {federation.next_round} of {config.federation.rounds}")
-        writer = RoundWriter(federation, folder, progress)
+        tracking.begin(folder)
+        writer = RoundWriter(federation, folder, progress, tracking)
         writer.write()
         run_rounds(federation, config, store, writer, folder)
         _export(federation, assembly, store, folder)
         assembly.dismiss_all()  # the adapters are in the run folder
         run = Run(folder, config, assembly, stage_server)
-        evaluate_run(run, progress, started=started)
+        tracking.finish(evaluate_run(run, progress, started=started))
         closing.pop_all()  # the run goes on with the parts
         return run
 

@@ -1,4 +1,4 @@
-"""A run on the runtime that its configuration names."""
+"""Where a program begins: the data of a configuration, and a run on the runtime that it names."""
 
 from __future__ import annotations
 
@@ -7,11 +7,29 @@ from pathlib import Path
 from pplr.backbones.base import Backbone
 from pplr.config import Config
 from pplr.errors import ConfigError
-from pplr.progress import Progress
+from pplr.progress import Progress, Silent
 from pplr.runtimes.address import StageServerAt
+from pplr.runtimes.assembly import RunData, load_run_data
 from pplr.runtimes.run import Run
 
-__all__ = ["train"]
+__all__ = ["load_data", "train"]
+
+
+def load_data(config: Config, progress: Progress | None = None) -> RunData:
+    """Load the data of a run as it will see them: cleaned, held out in time, and shared out among clients.
+
+    Args:
+        config: The run.
+        progress: Told what is fetched.
+
+    Returns:
+        Catalog, histories, clients, samples and test cases.
+
+    Raises:
+        DataError: The data cannot be used as they are.
+        PartitionError: A client would have no training samples.
+    """
+    return load_run_data(config, (progress or Silent()).note)
 
 
 def train(

@@ -123,8 +123,7 @@ class Run:
 
     def history_titles(self, user: str) -> list[str]:
         """Return the titles of everything a user did, oldest first."""
-        dataset = self.assembly().data.dataset
-        return [dataset.catalog.titles[item] for item in dataset.histories[dataset.user(user)]]
+        return self.assembly().data.titles(user)
 
     def recommend(
         self,
@@ -216,6 +215,56 @@ class Run:
             RunError: The run is not finished.
         """
         return recommend_all(self, client, count, progress or Silent())
+
+    def audit(
+        self,
+        *,
+        attacks: Sequence[str] = (),
+        knowledge: Sequence[str] = (),
+        users: int = 20,
+        cuts: Sequence[tuple[int, int]] = (),
+        noises: Sequence[float] = (0.0,),
+        passes: Sequence[int] = (1,),
+        guards: Sequence[Sequence[str]] = (),
+        wire: str | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> dict[str, Any]:
+        """Attack what the server of this run sees, and write ``audit.json``.
+
+        Args:
+            attacks: Names of attacks; when empty, all but those that take long.
+            knowledge: What attackers have; every level that an attack can be run at when empty.
+            users: Users whose passes are attacked.
+            cuts: Pairs of k and m; the run's own when empty.
+            noises: Standard deviations of noise on hidden states, as multiples of the states' own size.
+            passes: How often each pass crosses with new noise; attackers look at the mean.
+            guards: Settings of ``privacy.states``, each a number of ``field=value``; the run's own when empty.
+            wire: How states travel; the run's own way when absent.
+            seed: Of the draws of users, public text and noise.
+            progress: Told of every step.
+
+        Returns:
+            The content of ``audit.json``; its ``verdict`` says in one sentence what the server can read.
+
+        Raises:
+            ConfigError: One of the words is unknown, or the run is not cut and no cut is given.
+            RunError: The run is not finished.
+        """
+        from pplr.runtimes.auditing import audit_run, make_settings
+
+        settings = make_settings(
+            audits=attacks,
+            knowledge=knowledge,
+            users=users,
+            cuts=cuts,
+            noises=noises,
+            passes=passes,
+            guards=guards,
+            wire=wire,
+            seed=seed,
+        )
+        return audit_run(self, settings, progress)
 
     def evaluate(self, progress: Progress | None = None) -> dict[str, Any]:
         """Measure the saved adapters again, on the run's test cases, and write ``metrics.json``."""

@@ -19,6 +19,7 @@ from pplr.errors import RunError
 from pplr.progress import Progress
 from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.run import OWN, open_run
+from pplr.runtimes.trackers import Tracking
 from pplr.storage import storage_errors, write_atomic, write_json
 
 __all__ = ["HasRecords", "RoundWriter", "claimed", "device_name", "training_cost", "write_own", "write_start"]
@@ -31,16 +32,18 @@ class HasRecords(Protocol):
 
 
 class RoundWriter:
-    """Hears every server round, and writes ``rounds.jsonl`` before passing it on."""
+    """Hears every server round, and writes ``rounds.jsonl`` before passing it on, to the run's trackers too."""
 
-    def __init__(self, standing: HasRecords, folder: Path, progress: Progress) -> None:
+    def __init__(self, standing: HasRecords, folder: Path, progress: Progress, tracking: Tracking) -> None:
         self._standing, self._path, self._progress = standing, folder / "rounds.jsonl", progress
+        self._tracking = tracking
         self.note, self.task = progress.note, progress.task
 
     def write(self) -> None:
         """Write all records so far."""
         lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in self._standing.records)
         write_atomic(self._path, lines.encode())
+        self._tracking.rounds(self._standing.records)
 
     def server_round(self, record: Mapping[str, Any]) -> None:
         """Hear the record of a finished server round."""

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pplr.apps.compare import Difference, check_same_holdout, chosen_metrics, compare, difference_of, finished_metrics
 from pplr.apps.reports.charts import as_chart, intervals
 from pplr.apps.reports.elements import (
     MISSING,
@@ -28,9 +27,17 @@ from pplr.apps.reports.elements import (
 from pplr.apps.reports.leakage import elsewhere, own_setting, strongest_attack
 from pplr.apps.reports.quality import DIFFERENCES, bootstrap_note, difference_rows, part_of
 from pplr.apps.reports.records import MetricsRecord, RunFiles
-from pplr.apps.results import metric_names
 from pplr.errors import RunError
 from pplr.recommend.evaluation import Evaluation
+from pplr.runtimes.comparing import (
+    Difference,
+    check_same_holdout,
+    chosen_metrics,
+    compare,
+    difference_of,
+    finished_metrics,
+    metric_names,
+)
 
 __all__ = ["comparison_page", "comparison_parts", "run_names"]
 

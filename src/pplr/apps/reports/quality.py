@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pplr.apps.compare import Difference, difference_of
 from pplr.apps.reports.charts import as_chart, bars
 from pplr.apps.reports.elements import MISSING, Cell, Chart, Code, Paragraph, Part, Section, Table, measured, said
 from pplr.apps.reports.records import MetricsRecord, RunFiles
-from pplr.apps.results import metric_names
 from pplr.errors import RunError
 from pplr.recommend.evaluation import Evaluation
+from pplr.runtimes.comparing import Difference, difference_of, metric_names
 
 __all__ = ["DIFFERENCES", "bootstrap_note", "difference_rows", "headline_metric", "part_of", "quality_section"]
 
