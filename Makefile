@@ -13,10 +13,10 @@ FUZZ_MESSAGES ?= 1000000
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench fuzz clean
+.PHONY: help demo test check bench fuzz wheel-check clean
 
 help: ## List the commands.
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("pplr needs Python 3.11 or newer, found " + sys.version.split()[0] + ". Run make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
@@ -43,6 +43,9 @@ bench: $(VENV)/.installed ## Measure speed and memory side by side, and write be
 
 fuzz: $(VENV)/.installed ## Send a million altered messages to a stage server, as a nightly job does.
 	PPLR_FUZZ_MESSAGES=$(FUZZ_MESSAGES) $(BIN)/python tests/runtimes/fuzz_codec.py
+
+wheel-check: $(VENV)/.installed ## Install the built wheel alone into an empty environment, and do the main job there.
+	$(BIN)/python -m tests.packaging.wheel_check --pip-args='$(PIP_ARGS)'
 
 clean: ## Remove the environment and the runs.
 	rm -rf $(VENV) runs
