@@ -36,7 +36,7 @@ check: $(VENV)/.installed ## Lint, types, layers, tests and doctests.
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest --quiet --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/pytest --quiet --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/.installed ## Measure speed and memory side by side, and write benchmarks/results.
 	$(BIN)/python -m benchmarks
