@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,12 @@ import yaml
 from pplr.storage import sha256_file
 from tests.end_to_end.composition import ROOT, Composition, services
 from tests.end_to_end.walk import PAGE, write_federation
+from tests.packaging.building import build
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 PROJECT = ROOT / "pyproject.toml"
+SENT = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+"""What the build's context holds."""
 WRITES = {
     "server": ["./shops/server/state"],
     "north": ["./shops/north/state"],
@@ -56,11 +61,22 @@ def test_the_image_is_pinned_and_runs_without_rights() -> None:
 
 
 def test_the_image_is_built_from_what_is_there_and_sent_to_the_daemon() -> None:
-    sent = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     copied = [word for line in re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.M) for word in line.split()]
-    assert sorted(sent) == sorted(copied)
-    for name in sent:
+    assert sorted(SENT) == sorted(copied)
+    for name in SENT:
         assert (ROOT / name).exists(), name
+
+
+def test_the_wheel_is_built_from_what_the_daemon_gets(tmp_path: Path) -> None:
+    for name in SENT:
+        own = ROOT / name
+        if own.is_dir():
+            shutil.copytree(own, tmp_path / "context" / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            (tmp_path / "context").mkdir(exist_ok=True)
+            shutil.copy(own, tmp_path / "context")
+    names = [zipfile.ZipFile(build("wheel", tmp_path, source)).namelist() for source in (tmp_path / "context", ROOT)]
+    assert sorted(names[0]) == sorted(names[1])
 
 
 def test_the_image_has_the_extras_that_a_federation_needs() -> None:

@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import tarfile
 import tomllib
 import zipfile
 from email.message import Message
 from email.parser import Parser
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
+from tests.packaging.building import build
 from tests.packaging.main_job import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-BUILD = "import sys, hatchling.build as own; print(getattr(own, 'build_' + sys.argv[1])(sys.argv[2]))"
-
-
-def build(kind: str, folder: Path) -> Path:
-    """Call the project's build backend, as pip does, without fetching anything."""
-    done = subprocess.run(
-        [sys.executable, "-c", BUILD, kind, str(folder)],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return folder / done.stdout.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
