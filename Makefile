@@ -13,10 +13,10 @@ FUZZ_MESSAGES ?= 1000000
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs fuzz clean
+.PHONY: help demo test check bench docs fuzz wheel-check clean
 
 help: ## List the commands.
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("pplr needs Python 3.11 or newer, found " + sys.version.split()[0] + ". Run make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
@@ -36,7 +36,7 @@ check: $(VENV)/.installed ## Lint, types, layers, tests and doctests.
 	$(BIN)/ruff format --check src tests benchmarks docs examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest --quiet --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/pytest --quiet --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/.installed ## Measure speed and memory side by side, and write benchmarks/results.
 	$(BIN)/python -m benchmarks
@@ -46,6 +46,9 @@ docs: $(VENV)/.installed ## Build the site into build/docs, warnings as errors; 
 
 fuzz: $(VENV)/.installed ## Send a million altered messages to a stage server, as a nightly job does.
 	PPLR_FUZZ_MESSAGES=$(FUZZ_MESSAGES) $(BIN)/python tests/runtimes/fuzz_codec.py
+
+wheel-check: $(VENV)/.installed ## Install the built wheel alone into an empty environment, and do the main job there.
+	$(BIN)/python -m tests.packaging.wheel_check --pip-args='$(PIP_ARGS)'
 
 clean: ## Remove the environment, the runs and the site.
 	rm -rf $(VENV) runs build docs/generated

@@ -1,7 +1,7 @@
 """Run every benchmark, each in a process of its own, then write the summary and the pages in ``docs/``.
 
-One that fails does not keep the others from running; what failed is said at the end. ``gpu`` needs a GPU, and
-``equal_time`` an hour; they run where they are named.
+One that fails does not keep the others from running; what failed is said at the end. ``gpu`` needs a GPU,
+``equal_time`` an hour, and ``first_contact`` installs everything anew; they run where they are named.
 """
 
 from __future__ import annotations

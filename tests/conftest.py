@@ -68,6 +68,16 @@ def write_atomic_files(folder: Path, users: int = 24) -> Path:
     return folder
 
 
+FIRST = ("end_to_end", "privacy", "runtimes", "packaging")
+"""Folders whose files take longest: begun last, one of them would keep a worker busy when the others have ended."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest; within a file the order stays."""
+    folders = [f"{os.sep}tests{os.sep}{name}{os.sep}" for name in FIRST]
+    items.sort(key=lambda item: next((at for at, name in enumerate(folders) if name in str(item.path)), len(FIRST)))
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PPLR_CACHE", str(tmp_path_factory.getbasetemp() / "pplr cache"))

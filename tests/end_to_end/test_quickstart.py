@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,11 +13,14 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import pplr
+from pplr.apps.cli import app
 from pplr.backbones.base import load_backbone
 from pplr.config import AdapterConfig, BackboneConfig, TrainingConfig
 from pplr.data.interactions import Catalog
@@ -29,6 +33,8 @@ from pplr.stages.model import CutModel
 
 pytestmark = pytest.mark.slow
 
+LIMIT_S = 600
+"""A process that takes so long hangs."""
 SETTINGS = (
     "backbone.max_tokens=256",
     "backbone.prompt.instruction=Name the next.",
@@ -58,11 +64,11 @@ def place(tmp_path_factory, small_config, model_folder):
             cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    return SimpleNamespace(folder=folder, config=config, start=start)
+    return SimpleNamespace(folder=folder, config=config, start=start, environment=environment)
 
 
 def ended(process):
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=LIMIT_S)
     return SimpleNamespace(code=process.returncode, out=out, err=err)
 
 
@@ -78,7 +84,7 @@ def stopped(place, started):
     """What a training said that Ctrl-C stopped in its second server round or soon after."""
     process = place.start("train", "trees.yaml")
     told = place.folder / "runs" / "trees" / "rounds.jsonl"
-    until = time.monotonic() + 60
+    until = time.monotonic() + LIMIT_S
     while not (told.exists() and told.read_text()):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
@@ -103,14 +109,20 @@ def other(started):
 
 @pytest.fixture(scope="module")
 def asked(place, resumed, other):
-    """What the finished runs answered, all asked at once."""
+    """What the finished runs answered, asked in this process: each start of Python takes seconds."""
     before = json.loads((place.folder / "runs" / "trees" / "metrics.json").read_text())
-    processes = {
-        "recommend": place.start("recommend", "runs/trees", "--client", "0", "--history", "Oak; Elm", "--count", "4"),
-        "compare": place.start("compare", "runs/trees", "other", "--metric", "ndcg@5", "--samples", "200"),
-        "evaluate": place.start("evaluate", "runs/trees"),
+
+    def ask(*arguments):
+        with contextlib.chdir(place.folder), mock.patch.dict(os.environ, place.environment):
+            result = CliRunner().invoke(app, arguments)
+        return SimpleNamespace(code=result.exit_code, out=result.stdout, err=result.stderr)
+
+    told = {
+        "recommend": ask("recommend", "runs/trees", "--client", "0", "--history", "Oak; Elm", "--count", "4"),
+        "compare": ask("compare", "runs/trees", "other", "--metric", "ndcg@5", "--samples", "200"),
+        "evaluate": ask("evaluate", "runs/trees"),
     }
-    return SimpleNamespace(before=before, **{name: ended(process) for name, process in processes.items()})
+    return SimpleNamespace(before=before, **told)
 
 
 def test_ctrl_c_ends_a_training_cleanly_and_says_how_to_go_on(stopped):

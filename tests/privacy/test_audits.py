@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import ClassVar
 
 import pytest
@@ -12,6 +13,25 @@ from pplr.privacy.audits import inverter, label_gradients, make_audit
 from pplr.privacy.observing import Observation
 from pplr.privacy.states import StateGuard
 from pplr.testing.audits import AuditContract, Scene
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _train_each_inverter_once():
+    """The same passes give the same network, so what several tests ask for is trained once."""
+    trained, known = inverter._trained, {}
+
+    def once(passes, choices, seed, device):
+        content = hashlib.sha256()
+        for tokens, states in passes:
+            content.update(tokens.numpy().tobytes() + states.contiguous().numpy().tobytes())
+        key = (content.hexdigest(), choices, seed, inverter._EPOCHS)
+        if key not in known:
+            known[key] = trained(passes, choices, seed, device)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inverter, "_trained", once)
+        yield
 
 
 class TestNearestEmbedding(AuditContract):
@@ -93,10 +113,11 @@ class _Predicting(AuditContract):
     __test__ = False
     audit = "label_lens"
     metric = "target_hit@1"
+    draws = 4
     finds: ClassVar = {"causal_lm": 0.9, "lists": 0.9, "item_vectors": 0.9}
 
     def seen(self, scene: Scene) -> list[Observation]:
-        return scene.predicting()
+        return scene.predicting
 
 
 class TestLabelLens(_Predicting):

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from pplr import __version__
-from pplr.apps import cutting, data, enrolling, serving, staging
+from pplr.apps import cutting, data, enrolling, serving, staging, starting
 from pplr.apps.options import (
     BootstrapSeed,
     ConfigPath,
@@ -33,7 +33,7 @@ __all__ = ["app", "main"]
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
 _EXTRAS = dict.fromkeys(("cryptography", "grpc", "grpc_health", "google", "prometheus_client"), "network")
-_EXTRAS |= dict.fromkeys(("flwr", "ray"), "flower")
+_EXTRAS |= dict.fromkeys(("flwr", "httpx", "ray"), "flower")
 _EXTRAS |= dict.fromkeys(("matplotlib", "jinja2"), "plots")
 """Packages that only some commands need, and the extra that installs each."""
 
@@ -82,6 +82,7 @@ app.command(context_settings={"allow_extra_args": True})(serving.server)
 app.command()(serving.client)
 app.command()(cutting.cut)
 app.command()(cutting.plan)
+app.command()(starting.init)
 
 
 def main() -> None:

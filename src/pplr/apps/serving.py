@@ -43,7 +43,6 @@ def server(
     With --stage a stage server is started beside it; what follows `--` goes to `pplr stage serve`.
     """
     from pplr.apps.terminal import Screen
-    from pplr.runtimes.flower_federation import keep_nodes, prepare_link
     from pplr.runtimes.flower_settings import load_flower
 
     screen = Screen()
@@ -52,6 +51,7 @@ def server(
         raise typer.BadParameter(f"{listen!r} is not HOST:PORT", param_hint="--listen")
     with screen.busy("loading libraries"):
         load_flower()
+        from pplr.runtimes.flower_federation import keep_nodes, prepare_link
         from pplr.runtimes.flower_link import serve_link
     secret = prepare_link(state, address or f"{'127.0.0.1' if host == '0.0.0.0' else host}:{port}")  # noqa: S104
     if context.args and stage is None:
@@ -131,10 +131,12 @@ def client(
 ) -> None:
     """Take part in a federation's runs with this machine's own data, until stopped."""
     from pplr.apps.terminal import Screen, TerminalProgress
+    from pplr.runtimes.flower_settings import load_flower
 
     wait_passively()
     screen = Screen()
     with screen.busy("loading libraries"):
+        load_flower()
         from pplr.runtimes.flower_node import run_node
     own = [f"data.path={json.dumps(str(data.resolve()))}", *(settings or ())]
     run_node(kit, connect, folder, own, TerminalProgress(screen), _told_to_end(), stage_server)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -50,7 +50,7 @@ class Scene:
         letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
         titles = tuple("".join(draw.choice(letters, int(draw.integers(4, 7)))).title() for _ in range(_ITEMS))
         self.catalog = Catalog(tuple(f"t{number}" for number in range(_ITEMS)), titles)
-        prompt = PromptConfig(targets="all" if name == "lists" else "one")
+        prompt = PromptConfig(targets="all" if name == "lists" else "one", instruction="Name the next.")
         text = CausalLM(tiny_decoder(seed=3), tiny_tokenizer(), prompt=prompt, max_tokens=512, folder="tiny")
         self.backbone: Backbone = text
         if name == "item_vectors":
@@ -86,16 +86,22 @@ class Scene:
         """Make a pass of each user."""
         return [self.backbone.collate(self.backbone.encode([own], self.catalog, _HISTORY)) for own in self.samples]
 
+    @cached_property
+    def bare(self) -> list[Observation]:
+        """What the server sees of each user, unguarded."""
+        return self.seen()
+
     def seen(self, guard: Guard | None = None, passes: int = 1) -> list[Observation]:
         """What the server sees of each user, behind a guard and as the mean of several passes if asked."""
         return [
             observe(self.model, self.adapter, batch, lambda states: states, guard, passes) for batch in self.batches()
         ]
 
+    @cached_property
     def predicting(self) -> list[Observation]:
         """What the server would see if its middle stage foresaw each target, which an untrained one does not."""
         replica, found = self.replica(), []
-        for batch, own in zip(self.batches(), self.seen(), strict=True):
+        for batch, own in zip(self.batches(), self.bare, strict=True):
             states = own.returned.clone().requires_grad_(True)
             optimizer = torch.optim.Adam([states], lr=0.1 * float(own.returned.std()))
             for _ in range(_FORESIGHT):
@@ -143,6 +149,7 @@ class AuditContract:
         levels: What its attackers have, of those that it can be run with.
         cut: k and m where it must succeed.
         chance: What it may reach at most on random states.
+        draws: Of random states, over which that is averaged: with one, two of six users hit by luck are a third.
     """
 
     audit: ClassVar[str]
@@ -151,10 +158,11 @@ class AuditContract:
     levels: ClassVar[tuple[Knowledge, ...]] = ("own", "pairs")
     cut: ClassVar[tuple[int, int]] = (0, 1)
     chance: ClassVar[float] = 0.2
+    draws: ClassVar[int] = 1
 
     def seen(self, scene: Scene) -> list[Observation]:
         """Choose what is attacked."""
-        return scene.seen()
+        return scene.bare
 
     def test_it_finds_what_is_bare(self) -> None:
         """It succeeds where it must."""
@@ -170,8 +178,11 @@ class AuditContract:
         """It fails where it must."""
         for backbone in self.finds:
             scene = _scene(backbone, self.cut)
-            seen = [_random(own, place) for place, own in enumerate(self.seen(scene))]
-            found = scene.mean(make_audit(self.audit).attack(seen, scene.attacker("own")), self.metric)
+            found = 0.0
+            for draw in range(self.draws):
+                seen = [_random(own, draw * _USERS + place) for place, own in enumerate(self.seen(scene))]
+                guesses = make_audit(self.audit).attack(seen, scene.attacker(self.levels[0]))
+                found += scene.mean(guesses, self.metric) / self.draws
             assert found <= self.chance, f"{backbone}: {found}"
 
     def test_it_does_not_look_at_the_truth(self) -> None:
@@ -179,8 +190,8 @@ class AuditContract:
         for backbone in self.finds:
             scene = _scene(backbone, self.cut)
             seen = self.seen(scene)[:2]
-            forward = make_audit(self.audit).attack(seen, scene.attacker("own"))
-            assert make_audit(self.audit).attack(seen[::-1], scene.attacker("own")) == forward[::-1]
+            forward = make_audit(self.audit).attack(seen, scene.attacker(self.levels[0]))
+            assert make_audit(self.audit).attack(seen[::-1], scene.attacker(self.levels[0])) == forward[::-1]
 
 
 def _random(own: Observation, place: int) -> Observation:

@@ -56,8 +56,8 @@ def nearest_pairs(seen: Sequence[Observation], attacker: Attacker) -> list[Guess
     tokens, states = attacker.auxiliary_pairs(_PASSES)
     guesses = []
     for own in seen:
-        order = torch.cdist(own.states.cpu(), states).argsort(dim=-1)  # (T, M)
-        near = tokens[order]
-        targets = attacker.targets_of(torch.tensor(list(dict.fromkeys(near[-1].tolist()))[:10]))
-        guesses.append(Guess((*attacker.prefix, *near[len(attacker.prefix) :, 0].tolist())[: own.length], targets))
+        far = torch.cdist(own.states.cpu(), states)  # (T, M)
+        near, last = tokens[far.argmin(dim=-1)], tokens[far[-1].argsort()]
+        targets = attacker.targets_of(torch.tensor(list(dict.fromkeys(last.tolist()))[:10]))
+        guesses.append(Guess((*attacker.prefix, *near[len(attacker.prefix) :].tolist())[: own.length], targets))
     return guesses
