@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 import re
 from functools import cache
 from pathlib import Path
@@ -51,16 +52,17 @@ def _link(node: nodes.literal, here: str, **target: str) -> None:
 
 
 def move_links(app: Any, path: Path, parent: str, content: list[str]) -> None:
-    """Let links of a page of the project's root, such as its README, lead on from a page in ``docs``.
+    """Let links of a page outside ``docs``, such as the project's README, lead on from a page in ``docs``.
 
     A page outside ``docs`` is found there by name: ``CONTRIBUTING.md`` is ``contributing.md``, ``examples/README.md``
     is ``examples.md``. Where there is none, its name stays without a link.
     """
-    if path.parent != Path(".."):
+    if path.parts[0] != "..":
         return
+    folder = Path(*path.parent.parts[1:])
 
     def moved(link: re.Match[str]) -> str:
-        text, target, place = link[1], Path(link[2]), link[3] or ""
+        text, target, place = link[1], Path(os.path.normpath(folder / link[2])), link[3] or ""
         if target.parts[0] == "docs":
             return f"[{text}]({target.relative_to('docs')}{place})"
         if target.suffix != ".md":

@@ -41,7 +41,8 @@ class Part:
         rows: B.
         tokens: T, of each row.
         mask: (B, T), 0 where a token is padding; absent where blocks look back only and padding is on the right.
-        places: Where its tokens are found, when they stand as those of a :class:`SharedRow`, without padding.
+        places: Where its tokens are found, when they stand as those of a
+            :class:`~pplr.backbones.shared_row.SharedRow`, without padding.
         rests: Where those are found that are not shared, after the shared ones.
     """
 
