@@ -7,10 +7,11 @@ import fcntl
 import json
 import platform
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import torch
 
@@ -21,7 +22,19 @@ from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.run import OWN, open_run
 from pplr.storage import storage_errors, write_atomic, write_json
 
-__all__ = ["HasRecords", "RoundWriter", "claimed", "device_name", "training_cost", "write_own", "write_start"]
+__all__ = [
+    "HasRecords",
+    "RoundWriter",
+    "claimed",
+    "device_name",
+    "is_claimed",
+    "training_cost",
+    "write_own",
+    "write_start",
+]
+
+_TRIES, _BETWEEN_S = 5, 0.02
+"""How often, and how far apart, a folder is claimed before it counts as taken: whoever looks holds it for a moment."""
 
 
 class HasRecords(Protocol):
@@ -57,12 +70,8 @@ def claimed(folder: Path, config: Config, *, resume: bool) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a")
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(
-                f"another process is writing {folder}", cure="Wait for it, or choose another --run-dir."
-            ) from None
+        if not any(_locked(lock, fcntl.LOCK_EX, wait_s=_BETWEEN_S) for _ in range(_TRIES)):
+            raise RunError(f"another process is writing {folder}", cure="Wait for it, or choose another --run-dir.")
         if path.exists():
             before = open_run(folder).config
             if before != config:
@@ -82,6 +91,25 @@ def claimed(folder: Path, config: Config, *, resume: bool) -> Iterator[None]:
                 else:
                     remains.unlink(missing_ok=True)
         yield
+
+
+def is_claimed(folder: Path) -> bool:
+    """Say whether a process is writing a run folder just now; where there is no telling, no."""
+    try:
+        with (folder / ".lock").open("rb") as lock:
+            return not _locked(lock, fcntl.LOCK_SH)
+    except OSError:
+        return False
+
+
+def _locked(file: IO[Any], how: int, wait_s: float = 0.0) -> bool:
+    """Lock a file if nobody else has, and say whether that went; if not, after a while."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except OSError:
+        time.sleep(wait_s)
+        return False
+    return True
 
 
 def _refuse_foreign(folder: Path) -> None:
