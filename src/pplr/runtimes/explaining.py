@@ -16,7 +16,6 @@ from pplr.backbones.adapters import AdapterState, check_adapter
 from pplr.backbones.base import MatchingBackbone
 from pplr.backbones.causal_lm import CausalLM
 from pplr.backbones.item_vectors import ItemVectors
-from pplr.errors import RunError
 from pplr.lazy import LazyMapping
 from pplr.privacy.audits import Attacker, Knowledge, make_audit
 from pplr.privacy.observing import Observation
@@ -30,6 +29,7 @@ from pplr.runtimes.recommending import (
     Recommendation,
     Request,
     best_items,
+    check_finished,
     make_request,
     reading,
     saved_adapter,
@@ -118,8 +118,7 @@ class Explainer:
     """
 
     def __init__(self, run: Run, progress: Progress | None = None) -> None:
-        if run.metrics is None:
-            raise RunError(f"the run in {run.folder} is not finished", cure="Train it to its end with --resume.")
+        check_finished(run.folder)
         self.run = run
         self.parts = run.assembly(progress or Silent())
         self.parts.check_secrets()

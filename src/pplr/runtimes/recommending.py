@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ __all__ = [
     "Request",
     "UserList",
     "best_items",
+    "check_finished",
     "make_request",
     "reading",
     "recommend_all",
@@ -78,6 +80,16 @@ class Request:
     client: str
     case: Case
     taken: int
+
+
+def check_finished(folder: Path) -> None:
+    """Refuse a run folder without clients' adapters.
+
+    Raises:
+        RunError: It holds none.
+    """
+    if not (folder / "clients").is_dir():
+        raise RunError(f"the run in {folder} is not finished", cure="Train it to its end with --resume.")
 
 
 def make_request(parts: Assembly, client: str | None, user: str | None, history: Sequence[str] | None) -> Request:
@@ -150,8 +162,7 @@ def recommend_all(run: Run, client: str | None, count: int, progress: Progress) 
     """Recommend to every user, by the adapter of the user's own client; see :meth:`Run.recommend_all`."""
     if count < 1:
         raise ConfigError(f"{count} items are to be recommended", cure="Ask for at least one.")
-    if not (run.folder / "clients").is_dir():
-        raise RunError(f"the run in {run.folder} is not finished", cure="Train it to its end with --resume.")
+    check_finished(run.folder)
     parts = run.assembly(progress)
     names = parts.data.partition.names
     if client is not None and client not in names:

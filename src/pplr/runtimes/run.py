@@ -16,6 +16,7 @@ from pplr.runtimes.recommending import (
     Recommendation,
     UserList,
     best_items,
+    check_finished,
     make_request,
     reading,
     recommend_all,
@@ -163,8 +164,7 @@ class Run:
         """
         if count < 1:
             raise ConfigError(f"{count} items are to be recommended", cure="Ask for at least one.")
-        if not (self.folder / "clients").is_dir():
-            raise RunError(f"the run in {self.folder} is not finished", cure="Train it to its end with --resume.")
+        check_finished(self.folder)
         parts = self.assembly(progress)
         asked = make_request(parts, client, user, history)
         with reading(parts, asked.client, saved_adapter(self, parts, asked.client)) as reader:

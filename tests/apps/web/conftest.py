@@ -43,7 +43,7 @@ def marked_config(
 @pytest.fixture(scope="session")
 def marked(tmp_path_factory: pytest.TempPathFactory, marked_config: Config) -> Run:
     """That run, finished."""
-    return train(marked_config, tmp_path_factory.mktemp("page") / "run <b>one</b>")
+    return train(marked_config, tmp_path_factory.mktemp("page") / "run <b>one")
 
 
 @contextmanager

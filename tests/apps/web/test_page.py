@@ -80,6 +80,7 @@ def test_a_typed_history_with_markup_is_shown_as_text(marked, page_of, visit, ke
     assert MARKUP in page.locator(".answer").inner_text()
     assert page.locator("main img").count() == 0
     assert page.locator("h1").inner_text() == f"Run {marked.folder.name}"
+    assert page.title() == f"{marked.folder.name}: recommendations"
     keep(own, "markup-1280")
 
 

@@ -64,6 +64,22 @@ def test_a_tested_run_is_finished(folder: Path, metrics: Any) -> None:
     assert "--resume" not in found.html
 
 
+def test_a_clients_own_folder_can_be_asked_without_test_figures_and_the_operators_cannot(folder: Path, metrics) -> None:
+    watcher = Watcher(folder)
+    (folder / "client.json").write_text('{"client": "0", "hosted": true}')
+    assert not watcher.is_finished
+    (folder / "clients" / "0").mkdir(parents=True)
+    assert watcher.is_finished
+    assert watcher.has_adapters
+    assert "tested" not in watcher.look().sentence
+    (folder / "clients" / "0").rmdir()
+    (folder / "clients").rmdir()
+    (folder / "client.json").unlink()
+    (folder / "metrics.json").write_text(json.dumps(metrics()))
+    assert watcher.is_finished
+    assert not watcher.has_adapters
+
+
 def test_a_file_that_is_half_written_is_told_until_it_is_whole(folder: Path) -> None:
     watcher = Watcher(folder)
     (folder / "rounds.jsonl").write_text(json.dumps(record(1))[:40])

@@ -57,7 +57,7 @@ def learning_section(files: RunFiles) -> Section:
     drawn = [
         ("training loss (nats)", series(files.rounds, files.clients, lambda own: own.loss)),
         (
-            f"validation {metric} (0 to 1)",
+            f"validation {metric} ({'nats' if metric == 'loss' else '0 to 1'})",
             series(files.rounds, files.clients, lambda own: own.validation.get(metric)),
         ),
     ]

@@ -126,7 +126,7 @@ class Asking:
         self._button.disable()
         try:
             request, answer = _known(await run.io_bound(self._desk.ask, client, user, typed))
-            if turn != self._turn:
+            if self._is_over(turn):
                 return
             parts = self._blocks()
             desk, after = self._desk, results.after_words(self._desk.method, client)
@@ -136,17 +136,28 @@ class Asking:
             whom = f"user {user}" if user is not None else "the typed history"
             self._said.set_text(f"{len(answer.items)} titles for {whom}, in {answer.seconds:.2f} s.")
             beside = _known(await run.io_bound(desk.beside, request))
-            if turn != self._turn:
+            if self._is_over(turn):
                 return
             parts[0].set_content(results.lists(answer, beside, after=after, nearness=desk.nearness))
             attacked = _known(await run.io_bound(self._attack, request, answer))
-            if turn == self._turn:
+            if not self._is_over(turn):
                 parts[3].set_content(attacked)
         except PplrError as error:
-            if turn == self._turn:
-                self._said.set_text("")
-                self._complain(str(error))
-        finally:
+            self._give_up(turn, str(error))
+        except Exception:
+            self._give_up(turn, "This could not be answered. The terminal of `pplr web` says why.")
+            raise
+        if not self._is_over(turn):
+            self._button.enable()
+
+    def _is_over(self, turn: int) -> bool:
+        """Whether nobody waits for this request any more: a newer one was made, or the tab is closed."""
+        return turn != self._turn or self._answer.is_deleted
+
+    def _give_up(self, turn: int, why: str) -> None:
+        if not self._is_over(turn):
+            self._said.set_text("")
+            self._complain(why)
             self._button.enable()
 
     def _attack(self, request: Request, answer: Answer) -> str:

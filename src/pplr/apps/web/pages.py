@@ -22,10 +22,14 @@ from pplr.errors import PplrError, RunError
 __all__ = ["Pages"]
 
 _EVERY_S = 1.0
+_MARK = "#0b4a86"
+"""The one colour of the report."""
 _OPEN = (
     "This page can be opened from other machines, without a login: whoever reaches it sees the histories of this "
     "run's users."
 )
+_WAITS = "Recommendations wait for its end; see the training."
+_ELSEWHERE = "Its adapters are with its clients: serve a client's own run folder, on that client's machine."
 
 
 class Pages:
@@ -48,7 +52,7 @@ class Pages:
         app.on_startup(self._load)
 
     async def _load(self) -> None:
-        if self._watcher.is_finished:
+        if self._watcher.is_finished and self._watcher.has_adapters:
             await run.io_bound(self._load_quietly)
 
     def _load_quietly(self) -> str:
@@ -62,6 +66,7 @@ class Pages:
     @contextmanager
     def _frame(self, here: Literal["recommendations", "training"]) -> Iterator[None]:
         ui.add_head_html(f"<style>{style()}</style>")
+        ui.colors(primary=_MARK)
         with ui.element("header"):
             TextElement(tag="h1", text=f"Run {self._name}")
             if self._is_open:
@@ -89,25 +94,19 @@ class Pages:
             return
         with view:
             said_now = TextElement(tag="p", text="").classes("notice").props("role=status")
-        state = {"busy": False}
 
         async def look() -> None:
-            if state["busy"]:
-                return
-            state["busy"] = True
-            if not self._watcher.is_finished:
+            if not (self._watcher.is_finished and self._watcher.has_adapters):
                 standing: Standing | None = await run.io_bound(self._watcher.look)
                 if standing is not None:
-                    said_now.set_text(f"{standing.sentence} Recommendations wait for its end; see the training.")
-                state["busy"] = False
+                    said_now.set_text(f"{standing.sentence} {_ELSEWHERE if self._watcher.is_finished else _WAITS}")
                 return
             said_now.set_text("Loading the data and the model …")
             problem = await run.io_bound(self._load_quietly)
+            timer.deactivate()
             if problem:
                 said_now.set_text(problem)
-                timer.deactivate()
                 return
-            timer.deactivate()
             view.clear()
             with view:
                 Asking(self._desk, self._audited)
@@ -126,11 +125,8 @@ class Pages:
             parts.append(Paragraph((told,)))
         elif self._desk.is_audited:
             command = shlex.join(["pplr", "audit", str(self._desk.folder)])
-            parts.append(
-                Paragraph(
-                    ("One request is one request: measure more users and attacks with ", Code(said(command)), ".")
-                )
-            )
+            told = "This is one attack on one request. Measure more of both, over many users, with "
+            parts.append(Paragraph((told, Code(said(command)), "."), "note"))
         return render_parts(parts, "audit")
 
     # -- training ---------------------------------------------------------------------------------------------
@@ -139,17 +135,13 @@ class Pages:
         with self._frame("training"):
             sentence = TextElement(tag="p", text="").classes("summary").props("role=status")
             view = ui.html("", sanitize=False)
-        shown: dict[str, object] = {"changed": None, "busy": False}
+        shown: list[object] = []
 
         async def look() -> None:
-            if shown["busy"]:
-                return
-            shown["busy"] = True
             standing: Standing | None = await run.io_bound(self._watcher.look)
-            if standing is not None and standing.changed != shown["changed"]:
-                shown["changed"] = standing.changed
+            if standing is not None and standing.changed not in shown:
+                shown[:] = [standing.changed]
                 sentence.set_text(standing.sentence)
                 view.set_content(standing.html)
-            shown["busy"] = False
 
         ui.timer(_EVERY_S, look)

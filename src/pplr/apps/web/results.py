@@ -15,7 +15,6 @@ from pplr.apps.reports.elements import (
     bytes_cell,
     measured,
     said,
-    seconds_cell,
     share_cell,
 )
 from pplr.apps.web.rendering import render, render_parts
@@ -143,7 +142,7 @@ def read_back(found: ReadBack | str) -> str:
         Paragraph(
             (
                 "It took ",
-                seconds_cell(found.seconds),
+                Cell(f"{found.seconds:.2f} s", found.seconds),
                 *((", when its time was up, and it guessed the rest without trying",) if found.hurried else ()),
                 f". {right:,} of {len(found.rows):,} titles are in their place",
                 f"; {len(found.wrong):,} that it named are not in the history" if found.wrong else "",

@@ -15,6 +15,7 @@ from pplr.apps.reports.quality import headline_metric
 from pplr.apps.reports.records import RunFiles, read_run
 from pplr.apps.web.rendering import render_parts
 from pplr.errors import RunError
+from pplr.runtimes.run import OWN
 from pplr.runtimes.run_folder import is_claimed
 
 __all__ = ["Standing", "Watcher"]
@@ -62,8 +63,14 @@ class Watcher:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run is tested, so that it can be asked."""
-        return (self.folder / "metrics.json").exists()
+        """Whether the run is tested, or this is a client's own folder and its adapter is there."""
+        own = (self.folder / OWN).exists() and self.has_adapters
+        return own or (self.folder / "metrics.json").exists()
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are in the folder, by which it can be asked; some stay on clients' machines."""
+        return (self.folder / "clients").is_dir()
 
     def _changed(self) -> object:
         stamps = []
@@ -113,7 +120,8 @@ def _sentence(files: RunFiles, state: State) -> str:
     return {
         "running": f"This run is under way: {rounds}.",
         "stopped": f"This run has stopped before its end: {rounds}, and no process trains it.",
-        "finished": f"This run is finished: {rounds}, and its recommendations are tested.",
+        "finished": f"This run is finished: {rounds}"
+        + (", and its recommendations are tested." if files.metrics is not None else "."),
     }[state]
 
 
