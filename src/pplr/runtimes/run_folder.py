@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import platform
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -19,6 +17,7 @@ from pplr.config import Config
 from pplr.errors import RunError
 from pplr.progress import Progress
 from pplr.runtimes.assembly import Assembly
+from pplr.runtimes.claiming import LOCK, claim
 from pplr.runtimes.run import OWN, open_run
 from pplr.storage import storage_errors, write_atomic, write_json
 
@@ -27,14 +26,10 @@ __all__ = [
     "RoundWriter",
     "claimed",
     "device_name",
-    "is_claimed",
     "training_cost",
     "write_own",
     "write_start",
 ]
-
-_TRIES, _BETWEEN_S = 5, 0.02
-"""How often, and how far apart, a folder is claimed before it counts as taken: whoever looks holds it for a moment."""
 
 
 class HasRecords(Protocol):
@@ -68,9 +63,9 @@ def claimed(folder: Path, config: Config, *, resume: bool) -> Iterator[None]:
     _refuse_foreign(folder)
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
+        lock = (folder / LOCK).open("a")
     with lock:
-        if not any(_locked(lock, fcntl.LOCK_EX, wait_s=_BETWEEN_S) for _ in range(_TRIES)):
+        if not claim(lock):
             raise RunError(f"another process is writing {folder}", cure="Wait for it, or choose another --run-dir.")
         if path.exists():
             before = open_run(folder).config
@@ -93,31 +88,12 @@ def claimed(folder: Path, config: Config, *, resume: bool) -> Iterator[None]:
         yield
 
 
-def is_claimed(folder: Path) -> bool:
-    """Say whether a process is writing a run folder just now; where there is no telling, no."""
-    try:
-        with (folder / ".lock").open("rb") as lock:
-            return not _locked(lock, fcntl.LOCK_SH)
-    except OSError:
-        return False
-
-
-def _locked(file: IO[Any], how: int, wait_s: float = 0.0) -> bool:
-    """Lock a file if nobody else has, and say whether that went; if not, after a while."""
-    try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
-    except OSError:
-        time.sleep(wait_s)
-        return False
-    return True
-
-
 def _refuse_foreign(folder: Path) -> None:
     """Touch nothing in a folder that holds something else than a run."""
     if not folder.is_dir() or (folder / "config.yaml").exists():
         return
     names = sorted(path.name for path in folder.iterdir())
-    if others := [name for name in names if name != ".lock" and not fnmatch(name, ".config.yaml.*.tmp")]:
+    if others := [name for name in names if name != LOCK and not fnmatch(name, ".config.yaml.*.tmp")]:
         raise RunError(
             f"{folder} is not empty and is not a run folder (it holds {others[0]})", cure="Choose another --run-dir."
         )

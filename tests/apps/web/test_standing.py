@@ -12,7 +12,8 @@ import pytest
 from pplr.apps.web.standing import Watcher
 from pplr.config import Config
 from pplr.errors import RunError
-from pplr.runtimes.run_folder import claimed, is_claimed
+from pplr.runtimes.claiming import is_claimed
+from pplr.runtimes.run_folder import claimed
 
 
 def record(number: int, loss: float = 2.0) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,8 +51,6 @@ def serve(
     ui.run_with(outer, title="pplr", language="en-US", show_welcome_message=False, tailwind=False)
     pages_app.on_startup(lambda: told(f"http://{shown}:{port}"))
     hosts = {"localhost", "127.0.0.1", "::1", host} if is_loopback(host) else ()
-    # the library looks through all objects for its server, some of which complain of being looked at
-    warnings.filterwarnings("ignore", message="`torch.distributed.reduce_op`", category=FutureWarning)
     config = uvicorn.Config(Gate(outer, hosts), log_level="warning", access_log=False, server_header=False)
     try:
         uvicorn.Server(config).run(sockets=[listening])

@@ -15,8 +15,8 @@ from pplr.apps.reports.quality import headline_metric
 from pplr.apps.reports.records import RunFiles, read_run
 from pplr.apps.web.rendering import render_parts
 from pplr.errors import RunError
+from pplr.runtimes.claiming import is_claimed
 from pplr.runtimes.run import OWN
-from pplr.runtimes.run_folder import is_claimed
 
 __all__ = ["Standing", "Watcher"]
 
