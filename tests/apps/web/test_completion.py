@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from pplr.apps.web.completion import Completion
 
-TITLES = ["Heat (1995)", "Red Heat (1988)", "Wheat", "heat", "Toy Story (1995)", "Heathers (1989)"]
+TITLES = ["Heat (1995)", "Wheat", "Red Heat (1988)", "heat", "Toy Story (1995)", "Heathers (1989)"]
 
 
 def test_texts_that_begin_so_come_first_then_words_then_the_rest() -> None:
