@@ -35,6 +35,7 @@ _BROKEN_PIPE = 141
 _EXTRAS = dict.fromkeys(("cryptography", "grpc", "grpc_health", "google", "prometheus_client"), "network")
 _EXTRAS |= dict.fromkeys(("flwr", "httpx", "ray"), "flower")
 _EXTRAS |= dict.fromkeys(("matplotlib", "jinja2"), "plots")
+_EXTRAS |= dict.fromkeys(("nicegui", "fastapi", "uvicorn"), "web")
 """Packages that only some commands need, and the extra that installs each."""
 
 
@@ -392,6 +393,31 @@ def report(
 
         written = write_report(run_dir, others or (), out, samples=samples, seed=seed)
     screen.line(f"written: {written}")
+
+
+@app.command()
+def web(
+    run_dir: RunDir,
+    host: Annotated[str, typer.Option(help="Address to listen at; the default is open to this machine alone.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8765,
+    stage_server: StageServer = None,
+    kit: KitPath = None,
+) -> None:
+    """Serve a page on which a run is asked for recommendations, and its training is followed."""
+    from pplr.apps.terminal import Screen
+
+    screen, server = Screen(), stage_server_at(stage_server, kit)
+    with screen.busy("loading libraries"):
+        from pplr.apps.web.gate import is_loopback
+        from pplr.apps.web.serving import serve
+    if not is_loopback(host):
+        _complain(
+            f"warning: {host} can be reached from other machines. The page has no login and shows the histories of "
+            "this run's users to whoever opens it."
+        )
+    serve(run_dir, host, port, server, told=lambda url: screen.line(f"open {url} in a browser; Ctrl-C stops it"))
 
 
 @app.command("config")

@@ -59,6 +59,13 @@ class Reader:
         said = self._lines(tokens)[:-1] if self._lists else _quoted(self._text(tokens).rsplit("### Response:", 1)[0])
         return {own[0] for title in said if (own := self._closest(title, 1))}
 
+    def request(self, tokens: Sequence[int | None]) -> list[int]:
+        """Read the items of a pass that asks for recommendations, in their order: it holds a history and no target."""
+        if not isinstance(self.backbone, CausalLM):
+            return [self.first(token) for token in tokens if token is not None]
+        said = self._lines(tokens) if self._lists else _quoted(self._text(tokens).rsplit("### Response:", 1)[0])
+        return [own[0] for title in said if (own := self._closest(title, 1))]
+
     def targets(self, tokens: Sequence[int | None]) -> tuple[int, ...]:
         """Read the likeliest targets, the best first."""
         if not isinstance(self.backbone, CausalLM):

@@ -6,17 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
-from itertools import product, takewhile
+from itertools import product
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pplr.backbones.adapters import AdapterState, check_adapter, load_adapter
 from pplr.backbones.base import Batch
-from pplr.backbones.causal_lm import CausalLM
 from pplr.config import CutConfig, RuntimeConfig, StatePrivacyConfig
 from pplr.config_files import load_config
 from pplr.data.prompts import Sample
@@ -25,11 +22,12 @@ from pplr.privacy.audits import AUDITS, Attacker, Knowledge, make_audit
 from pplr.privacy.observing import Observation, Spy, observe, secret_of
 from pplr.privacy.replica import Replica
 from pplr.privacy.scoring import Reader, baseline, interval, resampled, score
-from pplr.privacy.states import StateGuard, described
+from pplr.privacy.states import described
 from pplr.privacy.verdict import verdict
 from pplr.progress import Progress, Silent
 from pplr.recommend.evaluation import evaluate
 from pplr.runtimes.assembly import Assembly
+from pplr.runtimes.attacking import Attackers, rounded, saved_adapters
 from pplr.runtimes.run import Run
 from pplr.seeds import derive_seed, generator
 from pplr.stages.cut import CutPlan
@@ -208,14 +206,8 @@ class _Work:
         self._worths: dict[tuple[object, ...], dict[str, Any]] = {}
         cutoffs = run.config.evaluation.cutoffs
         self.metric = f"ndcg@{10 if 10 in cutoffs else cutoffs[0]}"
-        names = self.data.partition.names
-        self.adapters = {name: load_adapter(run.folder / "clients" / name) for name in names}
-        for name, adapter in self.adapters.items():
-            check_adapter(adapter, self.assembly.model.shapes, whose=f"the saved adapter of client {name}")
-        taken = np.zeros(len(self.catalog), dtype=np.int64)
-        for own in self.data.holdout.train:
-            np.add.at(taken, own, 1)
-        self.popularity = torch.from_numpy(taken)
+        self.attackers = Attackers(self.assembly, saved_adapters(run, self.assembly), settings.seed)
+        self.adapters, self.popularity = self.attackers.adapters, self.attackers.popularity
         self.newest = {(name, own.user): own for name, samples in self.data.samples.items() for own in samples}
         self.drawn = self._draw()
         items = run.config.data.history_items
@@ -270,16 +262,11 @@ class _Work:
         for name in self.settings.audits or [name for name, own in AUDITS.items() if own.by_default]:
             found += [(name, level) for level in AUDITS[name].knows if not wanted or level in wanted]
         alone = len(self.adapters) < 2 or self.assembly.method.pooled
-        whole = not self.backbone.private - self.backbone.constant
+        whole = not self.attackers.keeps_some_at_home
         needless = {"mixed"} if alone else set()
         needless |= {"exchanged"} if whole else set()
         needless |= {"catalog"} if whole and "catalog" not in wanted and not self.settings.audits else set()
         return [own for own in found if own[1] not in needless]
-
-    def _guard(self, states: StatePrivacyConfig, whose: str) -> StateGuard | None:
-        """Make a guard with noise by the audit's seed: nobody's secret is needed to audit a run."""
-        secret = sha256(f"audit {self.settings.seed}".encode()).digest()
-        return StateGuard(states, secret, whose) if states.is_on else None
 
     def _observe(
         self,
@@ -292,7 +279,7 @@ class _Work:
     ) -> Observation:
         encoded = self.backbone.encode([own], self.catalog, self.run.config.data.history_items)
         batch: Batch = self.backbone.collate(encoded)
-        guard = self._guard(states, f"{own.user} of {name}")
+        guard = self.attackers.guard(states, f"{own.user} of {name}")
         return observe(model, self.adapters[name], batch, through, guard, passes)
 
     def _others(self, seen_of: Callable[[str, Sample], Observation], client: str) -> list[Observation]:
@@ -305,7 +292,7 @@ class _Work:
         """Make what becomes of states on their way: noise, and rounding."""
         size, source = 0.0, torch.Generator().manual_seed(derive_seed(self.settings.seed, "noise", str(noise)))
         if noise > 0:
-            rows = self.auxiliary(_AUXILIARY_FOR_SCALE, derive_seed(self.settings.seed, "scale"))
+            rows = self.attackers.auxiliary(_AUXILIARY_FOR_SCALE, derive_seed(self.settings.seed, "scale"))
             squares = []
             for adapter in self.adapters.values():
                 replica = Replica(self.backbone, plan, self.run.config.adapter, adapter)
@@ -316,7 +303,7 @@ class _Work:
             if size > 0:
                 drawn = torch.randn(states.shape, generator=source).to(states.device)
                 states = (states.float() + size * drawn).to(states.dtype)
-            return _rounded(states, self.wire)
+            return rounded(states, self.wire)
 
         return changed
 
@@ -364,7 +351,7 @@ class _Work:
         rankers = {}
         try:
             for name, adapter in self.adapters.items():
-                client = model.client(f"{name} ranked", adapter, self._guard(states, f"{name} ranked"))
+                client = model.client(f"{name} ranked", adapter, self.attackers.guard(states, f"{name} ranked"))
                 if client.transport is not None:
                     client.transport = Spy(client.transport, through)
                 rankers[name] = self.assembly.ranker(client)
@@ -403,75 +390,6 @@ class _Work:
         """Make an attacker, or take the one that knows the same, with what it has learned."""
         key = (level, client, at.plan, at.noise, at.passes, at.guard)
         if key not in self._attackers:
-            config, guard = self.run.config, self._guard(at.guard, f"{level} attacker of {client}")
             self._attackers = {own: kept for own, kept in self._attackers.items() if own[2:] == key[2:]}
-            self._attackers[key] = Attacker(
-                knowledge=level,
-                replica=Replica(self.backbone, at.plan, config.adapter, self._known(level, client), _clip(guard)),
-                catalog=self.catalog,
-                popularity=self.popularity,
-                auxiliary=self.auxiliary,
-                prefix=self._prefix(),
-                through=_repeated(at.through, guard, at.passes),
-                seed=self.settings.seed,
-            )
+            self._attackers[key] = self.attackers.make(level, client, at.plan, at.guard, at.through, at.passes)
         return self._attackers[key]
-
-    def _known(self, level: Knowledge, client: str) -> AdapterState:
-        if level in ("own", "pairs"):
-            return self.adapters[client]
-        if level in ("base", "catalog"):
-            return self.assembly.initial
-        if level == "exchanged":
-            return self.assembly.initial | self.assembly.exchanged(self.adapters[client])
-        others = [self.assembly.exchanged(own) for name, own in self.adapters.items() if name != client]
-        mean = {name: torch.stack([own[name] for own in others]).mean(dim=0) for name in others[0]}
-        return self.assembly.initial | mean
-
-    def _prefix(self) -> tuple[int, ...]:
-        """Tokens with which every prompt begins, up to the first title's quote."""
-        if not isinstance(self.backbone, CausalLM):
-            return ()
-        prompts = (self.backbone.prompt_tokens([title], 0) for title in ("A", "z9"))
-        return tuple(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*prompts, strict=False)))
-
-    def auxiliary(self, passes: int, seed: int) -> list[tuple[int, ...]]:
-        """Draw passes of public text: rows of items, taken partly by popularity and partly evenly, as users do."""
-        draw = generator(seed, "auxiliary")
-        weights = self.popularity.numpy() + self.popularity.numpy().mean() + 1e-9
-        longest = self.run.config.data.history_items + 1
-        rows: list[tuple[int, ...]] = []
-        for number in range(passes):
-            count = int(draw.integers(min(2, longest), longest + 1))
-            items = draw.choice(len(weights), count, replace=count > len(weights), p=weights / weights.sum()).tolist()
-            sample = Sample(-1 - number, tuple(items[:-1]), items[-1], every=True)
-            (encoded,) = self.backbone.encode([sample], self.catalog, longest)
-            rows.append((*encoded.prompt, *encoded.answer) if isinstance(self.backbone, CausalLM) else encoded.items)
-        return rows
-
-
-def _clip(guard: StateGuard | None) -> Callable[[Tensor], Tensor]:
-    return guard.clip if guard is not None else lambda states: states
-
-
-def _repeated(through: Callable[[Tensor], Tensor], guard: StateGuard | None, passes: int) -> Callable[[Tensor], Tensor]:
-    """Do to an attacker's own states what becomes of the client's: the mean of several passes, each guarded anew."""
-
-    def changed(states: Tensor) -> Tensor:
-        sent = [through(states if guard is None else guard.states(states)) for _ in range(passes)]
-        return torch.stack(sent).mean(dim=0)
-
-    return changed
-
-
-def _rounded(states: Tensor, wire: str) -> Tensor:
-    """Round states as a wire format does."""
-    if wire == "exact":
-        return states
-    from pplr.runtimes import codec  # the network is an extra
-
-    own = states if states.dim() == 3 else states[None]
-    lengths = torch.full((len(own),), own.shape[1])
-    limits = codec.Limits(width=own.shape[2])
-    message = codec.encode_states(own, lengths, codec.Wire[wire.upper()])
-    return codec.decode_states(message, limits, dtype=states.dtype, device=states.device)[0].view(states.shape)

@@ -9,10 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from pplr.config import Config
 from pplr.config_files import load_config
-from pplr.errors import ConfigError, DataError, PartitionError, RunError, nearest
+from pplr.errors import ConfigError, RunError, nearest
 from pplr.progress import Progress, Silent
 from pplr.runtimes.address import StageServerAt
-from pplr.runtimes.recommending import Recommendation, UserList, best_items, recommend_all
+from pplr.runtimes.recommending import (
+    Recommendation,
+    UserList,
+    best_items,
+    check_finished,
+    make_request,
+    reading,
+    recommend_all,
+    saved_adapter,
+)
 
 if TYPE_CHECKING:
     from pplr.recommend.evaluation import Evaluation
@@ -152,50 +161,14 @@ class Run:
             PartitionError: There is no such client, or the user is another client's.
             RunError: The run is not finished.
         """
-        from pplr.backbones.adapters import check_adapter, load_adapter
-        from pplr.data.prompts import Case
-
-        if (user is None) == (history is None):
-            raise ConfigError("give either a user or a history", cure="Use --user U or --history 'A; B; C'.")
         if count < 1:
             raise ConfigError(f"{count} items are to be recommended", cure="Ask for at least one.")
-        if not (self.folder / "clients").is_dir():
-            raise RunError(f"the run in {self.folder} is not finished", cure="Train it to its end with --resume.")
+        check_finished(self.folder)
         parts = self.assembly(progress)
-        catalog = parts.data.dataset.catalog
-        names = parts.data.partition.names
-        if client is not None and client not in names:
-            raise PartitionError(f"the run has no client {client!r}", cure=nearest(client, names))
-        number = -1
-        if user is not None:
-            number = parts.data.dataset.user(user)
-            own = parts.data.client_of(number)
-            if client is not None and client != own:
-                raise PartitionError(
-                    f"user {user!r} is a user of client {own}, not of client {client}", cure=f"Use --client {own}."
-                )
-            client = own
-            items = [int(item) for item in parts.data.dataset.histories[number]]
-        else:
-            items = [item for title in history or () for item in catalog.find(title)[:1]]
-        if client is None and len(names) == 1:
-            client = names[0]
-        if client is None:
-            raise ConfigError("no client is named", cure=f"Use --client with one of: {', '.join(names)}.")
-        if not items:
-            raise DataError("the history is empty", cure="Give at least one title.")
-        adapter = load_adapter(self.folder / "clients" / client)
-        check_adapter(adapter, parts.model.shapes, whose=f"the saved adapter of client {client}")
-        seen = tuple(dict.fromkeys(items))
-        if history is not None:  # every item of a typed title counts as seen
-            seen = tuple(dict.fromkeys(item for title in history for item in catalog.find(title)))
-        newest = tuple(items[-self.config.data.history_items :])
-        reader = parts.admit(client, adapter, "recommend")
-        try:
-            scores = parts.ranker(reader).scores([Case(number, newest, (), seen)])[0]
-        finally:
-            parts.dismiss(client, "recommend")
-        return list(best_items(scores, seen, count, catalog))
+        asked = make_request(parts, client, user, history)
+        with reading(parts, asked.client, saved_adapter(self, parts, asked.client)) as reader:
+            scores = parts.ranker(reader).scores([asked.case])[0]
+        return list(best_items(scores, asked.case.seen, count, parts.data.dataset.catalog))
 
     def recommend_all(
         self, client: str | None = None, *, count: int = 10, progress: Progress | None = None

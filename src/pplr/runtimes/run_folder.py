@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import platform
 import shutil
@@ -18,11 +17,20 @@ from pplr.config import Config
 from pplr.errors import RunError
 from pplr.progress import Progress
 from pplr.runtimes.assembly import Assembly
+from pplr.runtimes.claiming import LOCK, claim
 from pplr.runtimes.run import OWN, open_run
 from pplr.runtimes.trackers import Tracking
 from pplr.storage import storage_errors, write_atomic, write_json
 
-__all__ = ["HasRecords", "RoundWriter", "claimed", "device_name", "training_cost", "write_own", "write_start"]
+__all__ = [
+    "HasRecords",
+    "RoundWriter",
+    "claimed",
+    "device_name",
+    "training_cost",
+    "write_own",
+    "write_start",
+]
 
 
 class HasRecords(Protocol):
@@ -58,14 +66,10 @@ def claimed(folder: Path, config: Config, *, resume: bool) -> Iterator[None]:
     _refuse_foreign(folder)
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
+        lock = (folder / LOCK).open("a")
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(
-                f"another process is writing {folder}", cure="Wait for it, or choose another --run-dir."
-            ) from None
+        if not claim(lock):
+            raise RunError(f"another process is writing {folder}", cure="Wait for it, or choose another --run-dir.")
         if path.exists():
             before = open_run(folder).config
             if before != config:
@@ -92,7 +96,7 @@ def _refuse_foreign(folder: Path) -> None:
     if not folder.is_dir() or (folder / "config.yaml").exists():
         return
     names = sorted(path.name for path in folder.iterdir())
-    if others := [name for name in names if name != ".lock" and not fnmatch(name, ".config.yaml.*.tmp")]:
+    if others := [name for name in names if name != LOCK and not fnmatch(name, ".config.yaml.*.tmp")]:
         raise RunError(
             f"{folder} is not empty and is not a run folder (it holds {others[0]})", cure="Choose another --run-dir."
         )

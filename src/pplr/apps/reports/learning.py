@@ -57,7 +57,7 @@ def learning_section(files: RunFiles) -> Section:
     drawn = [
         ("training loss (nats)", series(files.rounds, files.clients, lambda own: own.loss)),
         (
-            f"validation {metric} (0 to 1)",
+            f"validation {metric} ({'nats' if metric == 'loss' else '0 to 1'})",
             series(files.rounds, files.clients, lambda own: own.validation.get(metric)),
         ),
     ]
@@ -105,8 +105,15 @@ def _last_round(files: RunFiles, metric: str) -> Table:
     return Table(f"Server round {last.server_round}, the last; all are in rounds.jsonl", columns, rows)
 
 
-def mixing_section(files: RunFiles) -> Section:
-    """Say who learned from whom."""
+def mixing_section(
+    files: RunFiles, choose: Callable[[Sequence[RoundRecord]], Sequence[RoundRecord]] | None = None
+) -> Section:
+    """Say who learned from whom.
+
+    Args:
+        files: What the run's folder holds.
+        choose: Picks the server rounds whose pairs are drawn; the first, the middle and the last when absent.
+    """
     title = "Who learned from whom"
     mixed = [one for one in files.rounds if one.mixed]
     if not mixed:
@@ -124,7 +131,7 @@ def mixing_section(files: RunFiles) -> Section:
     if heating:
         parts.append(Gallery([_curve(heating, "heating weight (0 to 1)")], broad=True))
     most = max(len(one.mixed) for one in mixed)
-    chosen = chosen_rounds(mixed)
+    chosen = (choose or chosen_rounds)(mixed)
     if most <= _MOST_DRAWN:
         parts += [Gallery(charts) for charts in (_mixtures(chosen), _similarities(chosen)) if charts]
     if not heating:

@@ -55,6 +55,7 @@ class Attacker:
         prefix: Tokens with which every pass begins.
         through: What becomes of states on their way to the server; the attacker knows how, not with which noise.
         seed: Of its draws.
+        seconds: How long it may run candidates for a pass; what is left then it guesses without running any.
     """
 
     knowledge: Knowledge
@@ -65,6 +66,7 @@ class Attacker:
     prefix: tuple[int, ...] = ()
     through: Callable[[Tensor], Tensor] = field(default=lambda states: states)
     seed: int = 0
+    seconds: float | None = None
 
     @property
     def reads_items(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -46,9 +47,17 @@ class VocabularyMatching(Audit):
 
 
 def guess_of(attacker: Attacker, own: Observation, propose: Callable[[int, tuple[int, ...]], Tensor]) -> Guess:
-    """Walk one pass from left to right."""
-    ranked = [order for order, _ in attacker.replica.walk(own.states, attacker.known(own.length), propose)]
-    return Guess(tuple(int(order[0]) for order in ranked), attacker.targets_of(ranked[-1][:10]))
+    """Walk one pass from left to right; once the attacker's time is up, take what is most promising and run nothing."""
+    began, ranked = time.monotonic(), []
+    for order, _ in attacker.replica.walk(own.states, attacker.known(own.length), propose):
+        ranked.append(order)
+        if attacker.seconds is not None and time.monotonic() - began >= attacker.seconds:
+            break
+    tokens = [int(order[0]) for order in ranked]
+    for position in range(len(tokens), own.length):
+        ranked.append(propose(position, tuple(tokens)))
+        tokens.append(int(ranked[-1][0]))
+    return Guess(tuple(tokens), attacker.targets_of(ranked[-1][:10]))
 
 
 def nearest_pairs(seen: Sequence[Observation], attacker: Attacker) -> list[Guess]:
