@@ -173,7 +173,7 @@ class _Setting:
         guard: What clients did to what they sent.
         through: What becomes of states on their way, the guard apart.
         seen: The passes, in the order of the secrets.
-        others: Gives the passes of a client's users of whom there is no secret.
+        others: Gives a client's other passes, of which there is no secret.
     """
 
     plan: CutPlan
@@ -208,7 +208,6 @@ class _Work:
         self.metric = f"ndcg@{10 if 10 in cutoffs else cutoffs[0]}"
         self.attackers = Attackers(self.assembly, saved_adapters(run, self.assembly), settings.seed)
         self.adapters, self.popularity = self.attackers.adapters, self.attackers.popularity
-        self.newest = {(name, own.user): own for name, samples in self.data.samples.items() for own in samples}
         self.drawn = self._draw()
         items = run.config.data.history_items
         self.secrets = [secret_of(self.backbone, own, name, self.catalog, items) for name, own in self.drawn]
@@ -227,10 +226,11 @@ class _Work:
 
     def _draw(self) -> list[tuple[str, Sample]]:
         """Draw users, and of each the newest training pass."""
-        keys = sorted(self.newest)
+        newest = {(name, own.user): own for name, samples in self.data.samples.items() for own in samples}
+        keys = sorted(newest)
         count = min(self.settings.users, len(keys))
         chosen = generator(self.settings.seed, "audited users").choice(len(keys), count, replace=False)
-        return [(keys[place][0], self.newest[keys[place]]) for place in sorted(chosen.tolist())]
+        return [(keys[place][0], newest[keys[place]]) for place in sorted(chosen.tolist())]
 
     def at(self, plan: CutPlan) -> Iterator[dict[str, Any]]:
         """Audit one cut, at each noise."""
@@ -283,10 +283,9 @@ class _Work:
         return observe(model, self.adapters[name], batch, through, guard, passes)
 
     def _others(self, seen_of: Callable[[str, Sample], Observation], client: str) -> list[Observation]:
-        """Observe the passes of a client's users that were not drawn."""
-        drawn = {own.user for name, own in self.drawn if name == client}
-        own = {user: sample for (name, user), sample in self.newest.items() if name == client and user not in drawn}
-        return [seen_of(client, own[user]) for user in sorted(own)]
+        """Observe the training passes of a client that were not drawn, each once."""
+        drawn = [own for name, own in self.drawn if name == client]
+        return [seen_of(client, own) for own in self.data.samples[client] if own not in drawn]
 
     def _through(self, plan: CutPlan, noise: float) -> Callable[[Tensor], Tensor]:
         """Make what becomes of states on their way: noise, and rounding."""

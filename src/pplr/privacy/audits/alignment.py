@@ -41,7 +41,7 @@ class Alignment(Audit):
     Groups are matched with items so that near ones stay near, by Frank-Wolfe steps from a first matching by popularity
     and by each one's cosines to its nearest. Of several starts the one with the highest correlation is kept.
 
-    It looks at the passes of all of a client's users: of a dozen users it finds nothing.
+    It looks at all training passes of a client: in those of a dozen users it finds nothing.
 
     Cites:
         vogelstein2015faq

@@ -107,7 +107,7 @@ class Audit(ABC):
         knows: The levels of knowledge at which it can be run.
         by_default: Whether it runs unless other attacks are asked for; one that takes long does not.
         looks_at: The cut whose states or gradients it reads; what it finds does not depend on where the other one is.
-        looks_at_everyone: Whether it is given the passes of all of a client's users, not only of those it is scored by.
+        looks_at_everyone: Whether it is given all training passes of a client, not only those it is scored by.
     """
 
     name: ClassVar[str]
