@@ -51,12 +51,14 @@ class Batch:
         lengths: (B,) real tokens of each row.
         is_target: (B, T), true where the token is one that the loss asks for.
         labels: (B,) what the loss asks for, where it is none of the tokens.
+        owners: (B,) the user of each row, where that is known.
     """
 
     input_ids: Tensor
     lengths: Tensor
     is_target: Tensor
     labels: Tensor | None = None
+    owners: Tensor | None = None
 
     @property
     def samples(self) -> int:

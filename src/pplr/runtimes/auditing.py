@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from pplr.backbones.adapters import AdapterState, check_adapter, load_adapter
-from pplr.backbones.base import Batch
+from pplr.backbones.base import Backbone, Batch
 from pplr.backbones.causal_lm import CausalLM
 from pplr.config import CutConfig, RuntimeConfig, StatePrivacyConfig
 from pplr.config_files import load_config
+from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample
 from pplr.errors import ConfigError, RunError, nearest
 from pplr.privacy.audits import AUDITS, Attacker, Knowledge, make_audit
@@ -35,7 +36,7 @@ from pplr.stages.cut import CutPlan
 from pplr.stages.model import CutModel
 from pplr.storage import write_json
 
-__all__ = ["AuditSettings", "audit_run", "make_settings"]
+__all__ = ["AuditSettings", "audit_run", "auxiliary_rows", "make_settings"]
 
 _LEVELS = get_args(Knowledge)
 _WIRES = get_args(RuntimeConfig.model_fields["wire"].annotation)
@@ -52,7 +53,8 @@ class AuditSettings:
         users: Users whose passes are attacked.
         cuts: Pairs of k and m; the run's own when empty.
         noises: Standard deviations of noise on hidden states, as multiples of theirs, over what the run does itself.
-        passes: How often each pass crosses, each time with new noise; attackers look at the mean.
+        passes: How often each pass crosses, each time with new noise; attackers look at the mean. With
+            ``settle_rounds`` only those before the input stage settles, and one more, are new.
         guards: What clients do to what they send; the run's own ``privacy.states`` when empty. With another one a run
             shows what that would hide, and what it costs a model that was trained without it.
         wire: How states travel; the run's own way when absent.
@@ -170,7 +172,7 @@ class _Setting:
     Args:
         plan: The cut.
         noise: Its size, as a multiple of the states'.
-        passes: How often each pass crossed.
+        passes: How often each pass crossed, not counting those of the same bytes as another.
         guard: What clients did to what they sent.
         through: What becomes of states on their way, the guard apart.
         seen: The passes, in the order of the secrets.
@@ -240,12 +242,13 @@ class _Work:
     def at(self, plan: CutPlan) -> Iterator[dict[str, Any]]:
         """Audit one cut, at each noise."""
         config = self.run.config
-        model = CutModel(self.backbone, plan, config.adapter, config.training)
+        model = CutModel(self.backbone, plan, config.adapter, config.training, states=config.privacy.states)
         guards = self.settings.guards or (config.privacy.states,)
         for guard, noise, passes in product(guards, self.settings.noises, self.settings.passes):
             through = self._through(plan, noise)
-            seen = [self._observe(model, name, sample, through, guard, passes) for name, sample in self.drawn]
-            own = _Setting(plan, noise, passes, guard, through, seen)
+            apart = self._apart(guard, passes)
+            seen = [self._observe(model, name, sample, through, guard, apart) for name, sample in self.drawn]
+            own = _Setting(plan, noise, apart, guard, through, seen)
             yield {
                 "cut": {
                     "input_layers": plan.input_layers,
@@ -269,6 +272,12 @@ class _Work:
         whole = not self.backbone.private - self.backbone.constant
         return [own for own in found if not (own[1] == "mixed" and alone) and not (own[1] == "exchanged" and whole)]
 
+    def _apart(self, guard: StatePrivacyConfig, passes: int) -> int:
+        """Count the passes that differ: after the input stage has settled they are all the same."""
+        if guard.settle_rounds is None:
+            return passes
+        return min(passes, guard.settle_rounds * self.run.config.training.local_epochs + 1)
+
     def _guard(self, states: StatePrivacyConfig, whose: str) -> StateGuard | None:
         """Make a guard with noise by the audit's seed: nobody's secret is needed to audit a run."""
         secret = sha256(f"audit {self.settings.seed}".encode()).digest()
@@ -285,7 +294,7 @@ class _Work:
     ) -> Observation:
         encoded = self.backbone.encode([own], self.catalog, self.run.config.data.history_items)
         batch: Batch = self.backbone.collate(encoded)
-        guard = self._guard(states, f"{own.user} of {name}")
+        guard = self._guard(states.model_copy(update={"settle_rounds": None}), f"{own.user} of {name}")
         return observe(model, self.adapters[name], batch, through, guard, passes)
 
     def _through(self, plan: CutPlan, noise: float) -> Callable[[Tensor], Tensor]:
@@ -295,7 +304,8 @@ class _Work:
             rows = self.auxiliary(_AUXILIARY_FOR_SCALE, derive_seed(self.settings.seed, "scale"))
             squares = []
             for adapter in self.adapters.values():
-                replica = Replica(self.backbone, plan, self.run.config.adapter, adapter)
+                own = self.run.config
+                replica = Replica(self.backbone, plan, own.adapter, adapter, states=own.privacy.states)
                 squares += [float(replica.states(torch.tensor([row])).square().mean()) for row in rows]
             size = noise * float(np.sqrt(np.mean(squares)))
 
@@ -376,8 +386,8 @@ class _Work:
         began = time.perf_counter()
         label = f"k {at.plan.input_layers}, m {at.plan.output_layers}: {name}, {level}"
         with self.progress.task(label, len(at.seen), "users") as advance:
-            for client in dict.fromkeys(own.client for own in self.secrets):
-                places = [place for place, own in enumerate(self.secrets) if own.client == client]
+            for client, of in self._alike().items():
+                places = [place for place, own in enumerate(self.secrets) if own.client in of]
                 guesses = audit.attack([at.seen[place] for place in places], self._attacker(level, client, at))
                 for place, guess in zip(places, guesses, strict=True):
                     rows.append(score(guess, self.secrets[place], self.reader))
@@ -385,20 +395,27 @@ class _Work:
         seconds = time.perf_counter() - began
         return {"audit": name, "knowledge": level, **interval(rows, self.settings.seed), "seconds": seconds}
 
+    def _alike(self) -> dict[str, list[str]]:
+        """Put together clients of one adapter, by the name of the first: one attacker does for all of them."""
+        names = list(dict.fromkeys(own.client for own in self.secrets))
+        return {names[0]: names} if self.assembly.method.pooled else {name: [name] for name in names}
+
     def _attacker(self, level: Knowledge, client: str, at: _Setting) -> Attacker:
         """Make an attacker, or take the one that knows the same, with what it has learned."""
         key = (level, client, at.plan, at.noise, at.passes, at.guard)
         if key not in self._attackers:
             config, guard = self.run.config, self._guard(at.guard, f"{level} attacker of {client}")
+            known, states = self._known(level, client), self.run.config.privacy.states
+            replica = Replica(self.backbone, at.plan, config.adapter, known, _clip(guard), states)
             self._attackers = {own: kept for own, kept in self._attackers.items() if own[2:] == key[2:]}
             self._attackers[key] = Attacker(
                 knowledge=level,
-                replica=Replica(self.backbone, at.plan, config.adapter, self._known(level, client), _clip(guard)),
+                replica=replica,
                 catalog=self.catalog,
                 popularity=self.popularity,
                 auxiliary=self.auxiliary,
                 prefix=self._prefix(),
-                through=_repeated(at.through, guard, at.passes),
+                through=_repeated(at.through, guard, at.passes, replica),
                 seed=self.settings.seed,
             )
         return self._attackers[key]
@@ -422,30 +439,42 @@ class _Work:
         return tuple(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*prompts, strict=False)))
 
     def auxiliary(self, passes: int, seed: int) -> list[tuple[int, ...]]:
-        """Draw passes of public text: rows of items, taken partly by popularity and partly evenly, as users do."""
-        draw = generator(seed, "auxiliary")
-        weights = self.popularity.numpy() + self.popularity.numpy().mean() + 1e-9
-        longest = self.run.config.data.history_items + 1
-        rows: list[tuple[int, ...]] = []
-        for number in range(passes):
-            count = int(draw.integers(min(2, longest), longest + 1))
-            items = draw.choice(len(weights), count, replace=count > len(weights), p=weights / weights.sum()).tolist()
-            sample = Sample(-1 - number, tuple(items[:-1]), items[-1], every=True)
-            (encoded,) = self.backbone.encode([sample], self.catalog, longest)
-            rows.append((*encoded.prompt, *encoded.answer) if isinstance(self.backbone, CausalLM) else encoded.items)
-        return rows
+        """Draw passes of public text."""
+        most = self.run.config.data.history_items
+        return auxiliary_rows(self.backbone, self.catalog, self.popularity, most, passes, seed)
+
+
+def auxiliary_rows(
+    backbone: Backbone, catalog: Catalog, popularity: Tensor, history_items: int, passes: int, seed: int
+) -> list[tuple[int, ...]]:
+    """Draw passes of public text: rows of items, taken partly by popularity and partly evenly, as users do."""
+    draw = generator(seed, "auxiliary")
+    weights = popularity.numpy() + popularity.numpy().mean() + 1e-9
+    longest = history_items + 1
+    rows: list[tuple[int, ...]] = []
+    for number in range(passes):
+        count = int(draw.integers(min(2, longest), longest + 1))
+        items = draw.choice(len(weights), count, replace=count > len(weights), p=weights / weights.sum()).tolist()
+        sample = Sample(-1 - number, tuple(items[:-1]), items[-1], every=True)
+        (encoded,) = backbone.encode([sample], catalog, longest)
+        rows.append((*encoded.prompt, *encoded.answer) if isinstance(backbone, CausalLM) else encoded.items)
+    return rows
 
 
 def _clip(guard: StateGuard | None) -> Callable[[Tensor], Tensor]:
     return guard.clip if guard is not None else lambda states: states
 
 
-def _repeated(through: Callable[[Tensor], Tensor], guard: StateGuard | None, passes: int) -> Callable[[Tensor], Tensor]:
+def _repeated(
+    through: Callable[[Tensor], Tensor], guard: StateGuard | None, passes: int, replica: Replica
+) -> Callable[[Tensor], Tensor]:
     """Do to an attacker's own states what becomes of the client's: the mean of several passes, each guarded anew."""
 
+    def once(states: Tensor) -> Tensor:
+        return through(states if guard is None else guard.states(states + replica.code_noise(states, guard)))
+
     def changed(states: Tensor) -> Tensor:
-        sent = [through(states if guard is None else guard.states(states)) for _ in range(passes)]
-        return torch.stack(sent).mean(dim=0)
+        return torch.stack([once(states) for _ in range(passes)]).mean(dim=0)
 
     return changed
 
