@@ -48,8 +48,8 @@ DEFENCES: dict[str, tuple[str, ...]] = {
     "clean": (),
     "gaussian-0.04": ("clip_norm=36", "noise=gaussian", "noise_multiplier=0.04"),
     "gaussian-0.16": ("clip_norm=36", "noise=gaussian", "noise_multiplier=0.16"),
-    "learned-0.01": ("noise=learned", "code_width=32", "rate_weight=0.01"),
-    "learned-0.01-settled": ("noise=learned", "code_width=32", "rate_weight=0.01", "settle_rounds=1"),
+    "learned-0.03": ("noise=learned", "code_width=32", "rate_weight=0.03"),
+    "learned-0.03-settled": ("noise=learned", "code_width=32", "rate_weight=0.03", "settle_rounds=1"),
 }
 """Settings of ``privacy.states`` that models are trained under."""
 AFTERWARDS = ("gaussian-0.04", "gaussian-0.16")

