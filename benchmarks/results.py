@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.claim_tables import claim_folders, claim_sections
 from benchmarks.cold_start_tables import RESULT, cold_start_sections
+from benchmarks.defence_tables import defence_section
 from benchmarks.membership_tables import membership_section
 from benchmarks.privacy_tables import privacy_section
 from benchmarks.recommendation_tables import recommendation_sections
@@ -23,10 +24,9 @@ from pplr.storage import write_atomic
 ROOT = Path(__file__).parent.parent
 OPENING = (
     "Written by `python -m benchmarks.results` from `results/`, which comes from `python -m benchmarks.quality`, "
-    "`benchmarks.sasrec`, `benchmarks.cold_start`, `benchmarks.tune`, `benchmarks.audit`, `benchmarks.membership` and "
-    "`benchmarks.claim`, and from `docs/results_text/`, which is written by hand. Full catalog, history masked, ties "
-    "against the model; means "
-    "over seeds with 95 % intervals (Student's t)."
+    "`benchmarks.sasrec`, `benchmarks.cold_start`, `benchmarks.tune`, `benchmarks.audit`, `benchmarks.membership`, "
+    "`benchmarks.state_defence` and `benchmarks.claim`, and from `docs/results_text/`, which is written by hand. Full "
+    "catalog, history masked, ties against the model; means over seeds with 95 % intervals (Student's t)."
 )
 
 
@@ -41,7 +41,8 @@ def sections_of(results: Path) -> list[Section]:
         sections += cold_start_sections(name, own)
     for path in sorted((results / "privacy").glob("*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
-        make = membership_section if "membership" in found else privacy_section
+        kinds = {"membership": membership_section, "defences": defence_section}
+        make = next((own for key, own in kinds.items() if key in found), privacy_section)
         sections.append(make(path.stem, found))
     for path in sorted((results / "tuning").glob("*.json")):
         sections.append(tuning_section(path.stem, json.loads(path.read_text(encoding="utf-8"))))

@@ -421,9 +421,11 @@ class StatePrivacyConfig(_Section):
     clip_norm: float | None = Field(default=None, gt=0)
     """C: the most that one token's hidden state may measure at the first cut; longer ones are scaled down to it."""
 
-    noise: Literal["none", "gaussian", "metric"] = "none"
+    noise: Literal["none", "gaussian", "metric", "learned"] = "none"
     """Added to every hidden state at the first cut. `gaussian`: normal noise of `noise_multiplier` times `clip_norm`.
-    `metric`: noise of density proportional to exp(-`eta` times its length), which hides near states from each other."""
+    `metric`: noise of density proportional to exp(-`eta` times its length), which hides near states from each other.
+    `learned`: a state becomes a code of `code_width` numbers with normal noise, code and noise being trained to tell
+    little besides what ranking needs; no ε; for `item_vectors`."""
 
     noise_multiplier: float | None = Field(default=None, gt=0)
     """With `gaussian`: the noise's standard deviation in each dimension, in units of `clip_norm`."""
@@ -431,6 +433,18 @@ class StatePrivacyConfig(_Section):
     eta: float | None = Field(default=None, gt=0)
     """With `metric`: η, by which two states at a distance of 1 may be told apart; smaller hides more. The noise is
     about D/η long, D being the model's width."""
+
+    code_width: int | None = Field(default=None, ge=1)
+    """With `learned`: r, numbers of a code. What crosses is as wide as before, and a linear map of the code."""
+
+    rate_weight: float | None = Field(default=None, gt=0)
+    """With `learned`: β, the weight in training of an upper bound on what each state tells, in nats, beside the loss
+    of its target; more tells less, and ranks worse."""
+
+    settle_rounds: int | None = Field(default=None, ge=0)
+    """After how many server rounds the input stage is trained no further and drops nothing, so that a history that
+    crosses again crosses as the same bytes, noise included, and passes cannot be averaged; never when absent. With 0
+    it keeps what it started from. For `item_vectors`."""
 
     gradient_clip_norm: float | None = Field(default=None, gt=0)
     """The most that a token's gradient may measure at the second cut, for the loss summed over a batch's targets."""
@@ -462,6 +476,16 @@ class StatePrivacyConfig(_Section):
             raise ValueError("noise_multiplier goes with noise: gaussian alone")
         if self.noise != "metric" and self.eta is not None:
             raise ValueError("eta goes with noise: metric alone")
+        if self.noise == "learned" and (self.code_width is None or self.rate_weight is None):
+            raise ValueError("noise: learned needs code_width and rate_weight")
+        if self.noise != "learned" and (self.code_width is not None or self.rate_weight is not None):
+            raise ValueError("code_width and rate_weight go with noise: learned alone")
+        if self.noise == "learned" and self.clip_norm is not None:
+            raise ValueError("clip_norm does not go with noise: learned: the rate is what bounds a code")
+        if self.settle_rounds is not None and self.noise == "none":
+            raise ValueError("settle_rounds keeps noise the same, and there is none: set noise")
+        if self.noise == "learned" and self.settle_rounds == 0:
+            raise ValueError("settle_rounds: 0 leaves noise: learned untrained: give it a round at least")
         if self.gradient_noise_multiplier is not None and self.gradient_clip_norm is None:
             raise ValueError("gradient_noise_multiplier needs gradient_clip_norm")
         return self
@@ -598,6 +622,14 @@ class Config(_Section):
             )
         if self.privacy.states.is_on and self.cut is None:
             raise ValueError("privacy.states needs a cut: of a model that is not cut nothing crosses")
+        states = self.privacy.states
+        if self.backbone.name != "item_vectors" and (states.noise == "learned" or states.settle_rounds is not None):
+            raise ValueError(
+                "privacy.states.noise: learned and settle_rounds go with backbone.name: item_vectors, "
+                f"not with {self.backbone.name}"
+            )
+        if states.noise == "learned" and self.runtime.in_flight > 1:
+            raise ValueError("privacy.states.noise: learned needs runtime.in_flight: 1")
         return self
 
     def to_yaml(self) -> str:

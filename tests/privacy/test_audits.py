@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
 import torch
 
 from pplr.config import StatePrivacyConfig
-from pplr.privacy.audits import inverter, label_gradients, make_audit
+from pplr.privacy.audits import Guess, inverter, label_gradients, make_audit
 from pplr.privacy.observing import Observation
 from pplr.privacy.states import StateGuard
 from pplr.testing.audits import AuditContract, Scene
@@ -56,6 +57,19 @@ class TestPairsBehindBlocks(AuditContract):
     cut = (2, 0)
     levels = ("pairs",)
     finds: ClassVar = {"causal_lm": 0.25, "lists": 0.25, "item_vectors": 0.25}
+
+
+class TestPosteriorMatching(AuditContract):
+    audit = "posterior_matching"
+    finds: ClassVar = {"item_vectors": 1.0}
+    levels = ("own",)
+
+
+class TestPosteriorMatchingBehindBlocks(AuditContract):
+    audit = "posterior_matching"
+    cut = (1, 1)
+    levels = ("own",)
+    finds: ClassVar = {"item_vectors": 0.5}
 
 
 class TestCatalogMatching(AuditContract):
@@ -147,6 +161,61 @@ def test_the_mean_of_many_passes_tells_more_than_one(config):
         found.append(scene.mean(make_audit("vocabulary_matching").attack(seen, attacker), "token_recovery"))
     assert found[0] < 0.7
     assert found[1] > found[0] + 0.2
+
+
+@pytest.mark.parametrize("strength", [0.001, 0.4, 4.0])
+def test_matching_by_the_posterior_finds_less_the_more_noise_there_is(strength):
+    config = StatePrivacyConfig(clip_norm=1.0, noise="gaussian", noise_multiplier=strength)
+    scene = Scene("item_vectors", (0, 1))
+    audit, attacker = make_audit("posterior_matching"), scene.attacker("own", StateGuard(config, bytes(32), "attacker"))
+    attacker = replace(attacker, popularity=torch.ones_like(attacker.popularity))  # as users draw items here
+    seen = scene.seen(StateGuard(config, bytes(32), "client"))
+    found = scene.mean(audit.attack(seen, attacker), "token_recovery")
+    low, high = {0.001: (1.0, 1.0), 0.4: (0.1, 0.9), 4.0: (0.0, 0.2)}[strength]
+    assert low <= found <= high
+    if strength == 0.4:  # no item is named twice
+        nearest = make_audit("vocabulary_matching").attack(seen, attacker)
+        assert found >= scene.mean(nearest, "token_recovery")
+
+
+class _Moving(Scene):
+    """The same with the client's input stage as it is a round later."""
+
+    def __init__(self) -> None:
+        super().__init__("item_vectors", (0, 1))
+        source = torch.Generator().manual_seed(11)
+        self.adapter = {
+            name: own + 0.05 * own.abs().mean() * torch.randn(own.shape, generator=source)
+            for name, own in self.adapter.items()
+        }
+
+
+def test_one_noise_for_two_states_tells_their_difference_which_tells_the_items():
+    """Why noise follows from the states and not from the items: an input stage moves from round to round."""
+    before, after = Scene("item_vectors", (0, 1)), _Moving()
+    noise = [torch.randn(own.length, 64, generator=torch.Generator().manual_seed(5)) for own in before.seen()]
+    width = before.seen()[0].states.shape[1]
+    sent = [
+        [own.states + 100 * draw[:, :width] for own, draw in zip(scene.seen(), noise, strict=True)]
+        for scene in (before, after)
+    ]
+    vocabulary = torch.arange(len(before.catalog))[:, None]
+    first, last = (scene.replica().states(vocabulary)[:, 0] for scene in (before, after))
+
+    def found(states: list[torch.Tensor], expected: torch.Tensor) -> float:
+        guesses = [Guess(tuple(torch.cdist(own, expected).argmin(dim=-1).tolist())) for own in states]
+        return before.mean(guesses, "token_recovery")
+
+    assert found(sent[1], last) < 0.2
+    differences = [later - earlier for earlier, later in zip(*sent, strict=True)]
+    assert found(differences, last - first) > 0.9
+    config = StatePrivacyConfig(noise="metric", eta=1.0, settle_rounds=1)
+    guard = StateGuard(config, bytes(32), "client")
+    with guard.repeating(7):
+        own, again, moved = (guard.states(scene.seen()[0].states[None]) for scene in (before, before, after))
+    assert torch.equal(own, again)
+    kept = moved - own - (after.seen()[0].states - before.seen()[0].states)
+    assert kept.abs().min() > 1e-3  # two noises
 
 
 def test_a_clip_alone_hides_nothing_from_who_clips_candidates_too():

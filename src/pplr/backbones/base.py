@@ -54,6 +54,7 @@ class Batch:
         labels: (B,) what the loss asks for, where it is none of the tokens.
         row: How the sequences stand in one row, where they do. Then B is 1 above; ``is_target`` is true where the token
             that follows in the same sequence is asked for, and ``labels`` are these tokens.
+        owners: (B,) the user of each row, where that is known.
     """
 
     input_ids: Tensor
@@ -61,6 +62,7 @@ class Batch:
     is_target: Tensor
     labels: Tensor | None = None
     row: SharedRow | None = None
+    owners: Tensor | None = None
 
     @property
     def samples(self) -> int:

@@ -40,10 +40,11 @@ _EIGENVALUE_FLOOR = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class EncodedHistory:
-    """Items in order of time, and from which place on each is a target."""
+    """Items in order of time, from which place on each is a target, and whose they are; -1 where nobody says."""
 
     items: tuple[int, ...]
     first_target: int
+    owner: int = -1
 
 
 def item_texts(catalog: Catalog, attributes: Sequence[str]) -> list[str]:
@@ -232,7 +233,7 @@ class ItemVectors(MatchingBackbone):
         encoded = []
         for sample in samples:
             items = (*sample.history[-history_items:], sample.target)
-            encoded.append(EncodedHistory(items, 1 if sample.every else len(items) - 1))
+            encoded.append(EncodedHistory(items, 1 if sample.every else len(items) - 1, sample.user))
         return encoded
 
     def length(self, encoded: EncodedHistory) -> int:
@@ -248,7 +249,8 @@ class ItemVectors(MatchingBackbone):
             items[row, : len(own.items)] = torch.tensor(own.items)
             is_target[row, own.first_target : len(own.items)] = True
         lengths = torch.tensor([len(own.items) for own in encoded])
-        return Batch(items.to(self.device), lengths, is_target.to(self.device))
+        owners = torch.tensor([own.owner for own in encoded])
+        return Batch(items.to(self.device), lengths, is_target.to(self.device), owners=owners)
 
     def pad(self, histories: Sequence[Sequence[int]]) -> Batch:
         """Pad histories to rank after: no item is a target."""

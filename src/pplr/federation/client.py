@@ -101,9 +101,10 @@ class FederatedClient:
         return Traffic(sum(t.bytes_up for t in both), sum(t.bytes_down for t in both))
 
     def begin_round(self, server_round: int) -> None:
-        """Enter a server round, whether or not the client trains in it: say whether its constants are to be kept."""
+        """Enter a server round, whether or not the client trains in it: say what of its model is to be kept."""
         for model in (self.model, self.personal):
             if model is not None:
+                model.settle(server_round)
                 model.keeps_constants = model.backbone.keeps_constants(server_round)
 
     def train(self, server_round: int, config: Config, method: Method, advance: Callable[[int], None]) -> LocalResult:
@@ -176,7 +177,10 @@ class FederatedClient:
         return {name: tensor.cpu() for name, tensor in flat.items()}
 
     def restore(self, flat: Mapping[str, Tensor]) -> None:
-        """Take back what :meth:`state` returned."""
+        """Take back what :meth:`state` returned, an input stage that has settled among it."""
+        for model in (self.model, self.personal):
+            if model is not None:
+                model.settle(-1)
         self.model.set_adapter({k: v for k, v in flat.items() if not k.startswith((_OPTIMIZER, _PERSONAL))})
         self.model.restore_optimizer(_without(flat, _OPTIMIZER))
         if self.personal is not None:

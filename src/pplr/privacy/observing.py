@@ -116,7 +116,16 @@ def observe(
         guard: What the client does to what it sends.
         passes: How often the pass crosses, each time with new noise.
     """
-    seen = [_observe_once(model, adapter, batch, through, guard) for _ in range(passes)]
+    name = "audit"
+    client: ClientModel = model.client(name, adapter, guard)
+    try:
+        if client.transport is None:
+            raise ConfigError("the model is not cut, so a server sees nothing", cure="Set cut, or give --input-layers.")
+        spy = Spy(client.transport, through)
+        client.transport = spy
+        seen = [_observe_once(client, spy, batch) for _ in range(passes)]
+    finally:
+        model.dismiss(name)
     gradients = [own.gradient for own in seen if own.gradient is not None]
     return Observation(
         torch.stack([own.states for own in seen]).mean(dim=0),
@@ -125,23 +134,8 @@ def observe(
     )
 
 
-def _observe_once(
-    model: CutModel,
-    adapter: Mapping[str, Tensor],
-    batch: Batch,
-    through: Callable[[Tensor], Tensor],
-    guard: Guard | None,
-) -> Observation:
-    name = "audit"
-    client: ClientModel = model.client(name, adapter, guard)
-    try:
-        if client.transport is None:
-            raise ConfigError("the model is not cut, so a server sees nothing", cure="Set cut, or give --input-layers.")
-        spy = Spy(client.transport, through)
-        client.transport = spy
-        client.train_loss(batch, None).backward()
-    finally:
-        model.dismiss(name)
+def _observe_once(client: ClientModel, spy: Spy, batch: Batch) -> Observation:
+    client.train_loss(batch, None).backward()
     count = int(batch.lengths[0])
     if spy.states is None or spy.returned is None:
         raise ConfigError("nothing crossed the cut", cure="Set cut, or give --input-layers.")

@@ -12,7 +12,9 @@ from pplr.backbones.adapters import AdapterState
 from pplr.backbones.base import Backbone
 from pplr.backbones.causal_lm import CausalLM
 from pplr.backbones.item_vectors import ItemVectors
-from pplr.config import AdapterConfig, TrainingConfig
+from pplr.config import AdapterConfig, StatePrivacyConfig, TrainingConfig
+from pplr.stages.bottleneck import Bottleneck
+from pplr.stages.boundary import Guard
 from pplr.stages.cut import CutPlan
 from pplr.stages.stage import Member, Stage, StageCall
 
@@ -35,6 +37,7 @@ class Replica:
         config: LoRA's settings.
         adapter: What the attacker has: the client's own adapter, another's, or the initial one.
         clip: What the client does to states without drawing anything, which the attacker does to its candidates' too.
+        states: What is done to what crosses, of which a learned code is a part of the model.
     """
 
     def __init__(
@@ -44,11 +47,13 @@ class Replica:
         config: AdapterConfig,
         adapter: AdapterState,
         clip: Callable[[Tensor], Tensor] = lambda states: states,
+        states: StatePrivacyConfig | None = None,
     ) -> None:
         self._clip = clip
         self.backbone = backbone
         self.plan = plan
-        self._input = Stage(backbone, plan.input, config, "input")
+        bottleneck = Bottleneck.of(states, plan, backbone.hidden_size)
+        self._input = Stage(backbone, plan.input, config, "input", bottleneck=bottleneck)
         self._output = Stage(backbone, plan.output, config, "output")
         training = TrainingConfig()
         self._first = Member(self._input, adapter, training)
@@ -66,9 +71,29 @@ class Replica:
 
     @torch.no_grad()
     def states(self, rows: Tensor) -> Tensor:
-        """Run tokens up to the first cut: (B, T) -> (B, T, D) float32."""
+        """Run tokens up to the first cut, to what crosses before it is clipped, without noise: (B, T) -> (B, T, D)."""
+        return self._sent(self._entered(rows))
+
+    def crossing(self, rows: Tensor) -> Tensor:
+        """Run tokens to what crosses, but for noise: (B, T) -> (B, T, D) float32."""
+        return self._clip(self.states(rows))
+
+    def code_noise(self, states: Tensor, guard: Guard) -> Tensor:
+        """Draw the noise of learned codes as it crosses, for states without it; zeros where none is learned."""
+        bottleneck, trained = self._input.bottleneck, self._first.ends
+        if bottleneck is None:
+            return torch.zeros_like(states)
+        normal = guard.normal(states.new_zeros(*states.shape[:-1], bottleneck.width))
+        return bottleneck.expand(bottleneck.deviations(trained) * normal, trained).detach()
+
+    def _entered(self, rows: Tensor) -> Tensor:
         entering = self.backbone.embed(rows.to(self.backbone.device), self._first.ends)
         return self._input.run(self._first, entering, StageCall()).float()
+
+    def _sent(self, states: Tensor) -> Tensor:
+        """Make codes of states, and what crosses of codes, where they are learned."""
+        bottleneck, trained = self._input.bottleneck, self._first.ends
+        return states if bottleneck is None else bottleneck.expand(bottleneck.mean(states, trained), trained)
 
     def leave(self, states: Tensor, past: Tensor | None = None) -> Tensor:
         """Run states of the second cut through the output stage, with gradients if wanted.
@@ -141,7 +166,7 @@ class Replica:
             yield candidates[order], distances[order]
 
     def _distances(self, candidates: Tensor, seen: Tensor, past: int, cache: object) -> Tensor:
-        states = self._clip(self._try(candidates, past, cache))
+        states = self._clip(self._sent(self._try(candidates, past, cache)))
         return (states - seen.to(states)).norm(dim=-1).cpu()
 
     def _extend(self, rows: Tensor, past: int, cache: object) -> Tensor:
@@ -156,7 +181,7 @@ class Replica:
         parts = []
         for part in candidates.split(_ROWS):
             if past == 0:
-                parts.append(self.states(part[:, None])[:, -1])
+                parts.append(self._entered(part[:, None])[:, -1])
                 continue
             cache.batch_repeat_interleave(len(part))  # type: ignore[attr-defined]
             parts.append(self._extend(part[:, None], past, cache)[:, -1])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +44,10 @@ class StateGuard:
     again, as after a kill, sends the same bytes; vectors that differ in one bit get other noise; and the same vectors
     in another pass do too, so that equal noise never shows that two histories are equal.
 
+    Where the input stage has settled, noise is the same for the same vectors of the same user in every pass: what
+    crosses again tells nothing new. The key still holds the vectors. Were it made of the items instead, an input stage
+    that moves would send two different states with one noise, and their difference has none.
+
     Args:
         config: What is done.
         secret: 32 bytes, where anything is drawn.
@@ -57,10 +62,25 @@ class StateGuard:
         self.config = config
         self._secret, self._context = secret, context
         self._occasion, self._passes = "", Counter[str]()
+        self._owner: int | None = None
+
+    @property
+    def settle_rounds(self) -> int | None:
+        """After how many server rounds the input stage stays as it is."""
+        return self.config.settle_rounds
 
     def enter(self, occasion: str) -> None:
         """Say what the next passes are for; the same occasion again starts where it started before."""
         self._occasion, self._passes = occasion, Counter()
+
+    @contextmanager
+    def repeating(self, owner: int) -> Iterator[None]:
+        """Draw the same noise for the same vectors of one user, whatever they are sent for and however often."""
+        self._owner = owner
+        try:
+            yield
+        finally:
+            self._owner = None
 
     def clip(self, hidden_states: Tensor) -> Tensor:
         """Do to states what is done without drawing anything: (..., D) -> (..., D)."""
@@ -69,7 +89,7 @@ class StateGuard:
     def states(self, hidden_states: Tensor, lengths: Tensor | None = None, *, public: bool = False) -> Tensor:
         """Guard states before the first cut: (B, T, D) -> (B, T, D). A public pass is clipped alone."""
         config = self.config
-        if config.noise == "none" or public:
+        if config.noise in ("none", "learned") or public:
             return self.clip(hidden_states) if config.clip_norm is not None else hidden_states
         real = _real(hidden_states, lengths)
         kept = clipped(hidden_states, config.clip_norm)
@@ -82,6 +102,16 @@ class StateGuard:
         noise = torch.zeros(hidden_states.shape, dtype=torch.float64)
         noise[real.cpu()] = torch.from_numpy(drawn)
         return (kept.double() + noise.to(kept.device)).to(hidden_states.dtype)
+
+    @torch.no_grad()
+    def normal(self, mean: Tensor, lengths: Tensor | None = None, *, public: bool = False) -> Tensor:
+        """Draw noise for codes where it is learned, else none: (B, T, r) -> (B, T, r)."""
+        noise = torch.zeros(mean.shape, dtype=torch.float64)
+        if self.config.noise == "learned" and not public:
+            real = _real(mean, lengths)
+            drawn = self._coins("codes", mean[real]).gaussian((int(real.sum()), mean.shape[-1]))
+            noise[real.cpu()] = torch.from_numpy(drawn)
+        return noise.to(mean.device, mean.dtype)
 
     @torch.no_grad()
     def gradient(self, gradient: Tensor, lengths: Tensor, scale: float) -> Tensor:
@@ -100,10 +130,12 @@ class StateGuard:
     def _coins(self, kind: str, vectors: Tensor) -> SecretCoins:
         """Make the coins of one pass: of the secret, the pass, and what they are to hide."""
         content = hashlib.sha256(vectors.detach().cpu().contiguous().numpy().tobytes()).digest()
-        what = "\x1f".join(
-            [kind, self._context, self._occasion, str(self._passes[kind]), str(tuple(vectors.shape)), ""]
-        )
-        self._passes[kind] += 1
+        if self._owner is not None:
+            which = ["again", str(self._owner)]
+        else:
+            which = [self._context, self._occasion, str(self._passes[kind])]
+            self._passes[kind] += 1
+        what = "\x1f".join([kind, *which, str(tuple(vectors.shape)), ""])
         return SecretCoins(derived(self._secret, "states", what, content))
 
 
@@ -143,17 +175,21 @@ def gaussian_epsilon(vectors: int, noise_multiplier: float, delta: float) -> flo
     return epsilon_of([(1, 1.0, together)], delta)
 
 
-def told_of_states(config: StatePrivacyConfig, counts: Mapping[str, int]) -> dict[str, Any]:
+def told_of_states(
+    config: StatePrivacyConfig, counts: Mapping[str, int], gradient_counts: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """Say what is promised of some numbers of one user's vectors.
 
     Args:
         config: What is done.
         counts: How many vectors cross, by what is told of, such as ``{"state": 1, "pass": 51}``.
+        gradient_counts: How many gradients do, where that is another number.
 
     Returns:
         What is done, and ``epsilon`` at the first cut and at the second of each number, ``None`` where nothing is
         promised. With metric noise ε is at δ = 0, and `eta` times the distance is promised of any two states.
     """
+    gradient_counts = gradient_counts or counts
     first: dict[str, float | None] = dict.fromkeys(counts)
     second: dict[str, float | None] = dict.fromkeys(counts)
     for name, count in counts.items():
@@ -162,13 +198,13 @@ def told_of_states(config: StatePrivacyConfig, counts: Mapping[str, int]) -> dic
         if config.noise == "metric" and config.eta is not None and config.clip_norm is not None:
             first[name] = 2 * config.clip_norm * config.eta * count
         if config.gradient_noise_multiplier is not None:
-            second[name] = gaussian_epsilon(count, config.gradient_noise_multiplier, config.delta)
+            second[name] = gaussian_epsilon(gradient_counts[name], config.gradient_noise_multiplier, config.delta)
     epsilon = {"states": first, "gradients": second}
     return {
         **config.model_dump(mode="json"),
         "vectors": dict(counts),
         "epsilon": epsilon,
-        "summary": _summary(config, counts, epsilon),
+        "summary": _summary(config, {"states": counts, "gradients": gradient_counts}, epsilon),
         "note": (
             "ε is of what one user's own states and gradients tell, whatever they are, to whoever knows the adapters. "
             "It does not cover lengths and times, nor what adapters tell."
@@ -176,14 +212,17 @@ def told_of_states(config: StatePrivacyConfig, counts: Mapping[str, int]) -> dic
     }
 
 
-def _summary(config: StatePrivacyConfig, counts: Mapping[str, int], epsilon: Mapping[str, Mapping[str, Any]]) -> str:
+def _summary(
+    config: StatePrivacyConfig, counts: Mapping[str, Mapping[str, int]], epsilon: Mapping[str, Mapping[str, Any]]
+) -> str:
     """Write down what is done, and what is promised of one state, of a pass and of a run, at each cut."""
     parts = []
     for cut, what in (("states", "first cut"), ("gradients", "second cut")):
         delta = 0 if cut == "states" and config.noise == "metric" else config.delta
         values = {name: value for name, value in epsilon[cut].items() if value is not None}
         if values:
-            figures = ", ".join(f"{value:.4g} for {_counted(name, counts[name])}" for name, value in values.items())
+            told = ((value, _counted(name, counts[cut][name])) for name, value in values.items())
+            figures = ", ".join(f"{value:.4g} for {many}" for value, many in told)
             parts.append(f"{what}: ε at most {figures}, at δ = {delta:g}")
         elif cut == "states" and config.noise == "metric":
             parts.append(f"{what}: ε = {config.eta:g} times the distance of two states, bounded by no clip_norm")
@@ -208,6 +247,10 @@ def described(config: StatePrivacyConfig) -> str:
         parts.append(f"normal noise {config.noise_multiplier:g} x clip")
     if config.noise == "metric":
         parts.append(f"metric noise η {config.eta:g}")
+    if config.noise == "learned":
+        parts.append(f"codes of {config.code_width} numbers with learned noise, rate weight {config.rate_weight:g}")
+    if config.settle_rounds is not None:
+        parts.append(f"the same for the same history after round {config.settle_rounds}")
     if config.gradient_clip_norm is not None:
         parts.append(f"gradients clipped to {config.gradient_clip_norm:g}")
     if config.gradient_noise_multiplier is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ class MatchingRanker:
     def scores(self, cases: Sequence[Case]) -> NDArray[np.float32]:
         """Score every item for every case by its cosine: (B, N), higher is better."""
         batch = self._backbone.pad([case.history[-self._history_items :] for case in cases])
+        batch = replace(batch, owners=torch.tensor([case.user for case in cases]))
         states = self._backbone.pool(self._model.hidden_states(batch), batch)  # (B, T, D) -> (B, D)
         scored = self._backbone.queries(states, self._model.output_end) @ self._items.t()
         return np.asarray(scored.cpu().numpy(), dtype=np.float32)

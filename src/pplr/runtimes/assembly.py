@@ -226,7 +226,7 @@ class Assembly:
                 connect = self._connections.connector(self.backbone, self.config)
             self._models[plan] = CutModel(
                 self.backbone, plan, self.config.adapter, self.config.training, connect=connect,
-                in_flight=self.config.runtime.in_flight,
+                in_flight=self.config.runtime.in_flight, states=self.config.privacy.states,
             )  # fmt: skip
         return self._models[plan]
 

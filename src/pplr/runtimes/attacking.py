@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from pplr.backbones.adapters import AdapterState
+from pplr.backbones.base import Backbone
 from pplr.backbones.causal_lm import CausalLM
 from pplr.config import StatePrivacyConfig
+from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample
 from pplr.privacy.audits import Attacker, Knowledge
 from pplr.privacy.replica import Replica
@@ -23,7 +25,7 @@ from pplr.runtimes.run import Run
 from pplr.seeds import generator
 from pplr.stages.cut import CutPlan
 
-__all__ = ["Attackers", "rounded", "saved_adapters"]
+__all__ = ["Attackers", "auxiliary_rows", "rounded", "saved_adapters"]
 
 
 def saved_adapters(run: Run, parts: Assembly) -> dict[str, AdapterState]:
@@ -80,15 +82,16 @@ class Attackers:
             seconds: How long it may take for a pass; no limit when absent.
         """
         guard = self.guard(states, f"{level} attacker of {client}")
-        config = self.assembly.config
+        config, known = self.assembly.config, self._known(level, client)
+        replica = Replica(self.backbone, plan, config.adapter, known, _clip(guard), config.privacy.states)
         return Attacker(
             knowledge=level,
-            replica=Replica(self.backbone, plan, config.adapter, self._known(level, client), _clip(guard)),
+            replica=replica,
             catalog=self.catalog,
             popularity=self.popularity,
             auxiliary=self.auxiliary,
             prefix=self._prefix(),
-            through=_repeated(through, guard, passes),
+            through=_repeated(through, guard, passes, replica),
             seed=self.seed,
             seconds=seconds,
         )
@@ -117,30 +120,42 @@ class Attackers:
         return tuple(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*prompts, strict=False)))
 
     def auxiliary(self, passes: int, seed: int) -> list[tuple[int, ...]]:
-        """Draw passes of public text: rows of items, taken partly by popularity and partly evenly, as users do."""
-        draw = generator(seed, "auxiliary")
-        weights = self.popularity.numpy() + self.popularity.numpy().mean() + 1e-9
-        longest = self.assembly.config.data.history_items + 1
-        rows: list[tuple[int, ...]] = []
-        for number in range(passes):
-            count = int(draw.integers(min(2, longest), longest + 1))
-            items = draw.choice(len(weights), count, replace=count > len(weights), p=weights / weights.sum()).tolist()
-            sample = Sample(-1 - number, tuple(items[:-1]), items[-1], every=True)
-            (encoded,) = self.backbone.encode([sample], self.catalog, longest)
-            rows.append((*encoded.prompt, *encoded.answer) if isinstance(self.backbone, CausalLM) else encoded.items)
-        return rows
+        """Draw passes of public text."""
+        most = self.assembly.config.data.history_items
+        return auxiliary_rows(self.backbone, self.catalog, self.popularity, most, passes, seed)
+
+
+def auxiliary_rows(
+    backbone: Backbone, catalog: Catalog, popularity: Tensor, history_items: int, passes: int, seed: int
+) -> list[tuple[int, ...]]:
+    """Draw passes of public text: rows of items, taken partly by popularity and partly evenly, as users do."""
+    draw = generator(seed, "auxiliary")
+    weights = popularity.numpy() + popularity.numpy().mean() + 1e-9
+    longest = history_items + 1
+    rows: list[tuple[int, ...]] = []
+    for number in range(passes):
+        count = int(draw.integers(min(2, longest), longest + 1))
+        items = draw.choice(len(weights), count, replace=count > len(weights), p=weights / weights.sum()).tolist()
+        sample = Sample(-1 - number, tuple(items[:-1]), items[-1], every=True)
+        (encoded,) = backbone.encode([sample], catalog, longest)
+        rows.append((*encoded.prompt, *encoded.answer) if isinstance(backbone, CausalLM) else encoded.items)
+    return rows
 
 
 def _clip(guard: StateGuard | None) -> Callable[[Tensor], Tensor]:
     return guard.clip if guard is not None else lambda states: states
 
 
-def _repeated(through: Callable[[Tensor], Tensor], guard: StateGuard | None, passes: int) -> Callable[[Tensor], Tensor]:
+def _repeated(
+    through: Callable[[Tensor], Tensor], guard: StateGuard | None, passes: int, replica: Replica
+) -> Callable[[Tensor], Tensor]:
     """Do to an attacker's own states what becomes of the client's: the mean of several passes, each guarded anew."""
 
+    def once(states: Tensor) -> Tensor:
+        return through(states if guard is None else guard.states(states + replica.code_noise(states, guard)))
+
     def changed(states: Tensor) -> Tensor:
-        sent = [through(states if guard is None else guard.states(states)) for _ in range(passes)]
-        return torch.stack(sent).mean(dim=0)
+        return torch.stack([once(states) for _ in range(passes)]).mean(dim=0)
 
     return changed
 

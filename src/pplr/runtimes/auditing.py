@@ -51,7 +51,8 @@ class AuditSettings:
         users: Users whose passes are attacked.
         cuts: Pairs of k and m; the run's own when empty.
         noises: Standard deviations of noise on hidden states, as multiples of theirs, over what the run does itself.
-        passes: How often each pass crosses, each time with new noise; attackers look at the mean.
+        passes: How often each pass crosses, each time with new noise; attackers look at the mean. With
+            ``settle_rounds`` only those before the input stage settles, and one more, are new.
         guards: What clients do to what they send; the run's own ``privacy.states`` when empty. With another one a run
             shows what that would hide, and what it costs a model that was trained without it.
         wire: How states travel; the run's own way when absent.
@@ -115,12 +116,16 @@ def make_settings(
         cuts=tuple(cuts),
         noises=tuple(noises),
         passes=tuple(passes),
-        guards=tuple(
-            load_config(overrides=[f"privacy.states.{own}" for own in told]).privacy.states for told in guards
-        ),
+        guards=tuple(_guard_of(told) for told in guards),
         wire=cast(Any, wire),
         seed=seed,
     )
+
+
+def _guard_of(told: Sequence[str]) -> StatePrivacyConfig:
+    """Read settings of ``privacy.states``, whatever backbone they are for."""
+    overrides = ["backbone.name=item_vectors", *(f"privacy.states.{own}" for own in told)]
+    return load_config(overrides=overrides).privacy.states
 
 
 def audit_run(run: Run, settings: AuditSettings | None = None, progress: Progress | None = None) -> dict[str, Any]:
@@ -142,6 +147,11 @@ def audit_run(run: Run, settings: AuditSettings | None = None, progress: Progres
     settings, progress = settings or AuditSettings(), progress or Silent()
     if run.metrics is None:
         raise RunError(f"the run in {run.folder} is not finished", cure="Train it to its end with --resume.")
+    for guard in settings.guards:
+        if guard.noise == "learned" and guard != run.config.privacy.states:
+            raise ConfigError(
+                f"{described(guard)}, of a run that was not trained with them", cure="Train a run with privacy.states."
+            )
     work = _Work(run, settings, progress)
     began = time.perf_counter()
     content: dict[str, Any] = {
@@ -169,7 +179,7 @@ class _Setting:
     Args:
         plan: The cut.
         noise: Its size, as a multiple of the states'.
-        passes: How often each pass crossed.
+        passes: How often each pass crossed, not counting those of the same bytes as another.
         guard: What clients did to what they sent.
         through: What becomes of states on their way, the guard apart.
         seen: The passes, in the order of the secrets.
@@ -235,13 +245,14 @@ class _Work:
     def at(self, plan: CutPlan) -> Iterator[dict[str, Any]]:
         """Audit one cut, at each noise."""
         config = self.run.config
-        model = CutModel(self.backbone, plan, config.adapter, config.training)
+        model = CutModel(self.backbone, plan, config.adapter, config.training, states=config.privacy.states)
         guards = self.settings.guards or (config.privacy.states,)
         for guard, noise, passes in product(guards, self.settings.noises, self.settings.passes):
             through = self._through(plan, noise)
-            seen_of = partial(self._observe, model, through=through, states=guard, passes=passes)
+            apart = self._apart(guard, passes)
+            seen_of = partial(self._observe, model, through=through, states=guard, passes=apart)
             seen = [seen_of(name, sample) for name, sample in self.drawn]
-            own = _Setting(plan, noise, passes, guard, through, seen, partial(self._others, seen_of))
+            own = _Setting(plan, noise, apart, guard, through, seen, partial(self._others, seen_of))
             yield {
                 "cut": {
                     "input_layers": plan.input_layers,
@@ -268,6 +279,12 @@ class _Work:
         needless |= {"catalog"} if whole and "catalog" not in wanted and not self.settings.audits else set()
         return [own for own in found if own[1] not in needless]
 
+    def _apart(self, guard: StatePrivacyConfig, passes: int) -> int:
+        """Count the passes that differ: after the input stage has settled they are all the same."""
+        if guard.settle_rounds is None:
+            return passes
+        return min(passes, guard.settle_rounds * self.run.config.training.local_epochs + 1)
+
     def _observe(
         self,
         model: CutModel,
@@ -279,7 +296,7 @@ class _Work:
     ) -> Observation:
         encoded = self.backbone.encode([own], self.catalog, self.run.config.data.history_items)
         batch: Batch = self.backbone.collate(encoded)
-        guard = self.attackers.guard(states, f"{own.user} of {name}")
+        guard = self.attackers.guard(states.model_copy(update={"settle_rounds": None}), f"{own.user} of {name}")
         return observe(model, self.adapters[name], batch, through, guard, passes)
 
     def _others(self, seen_of: Callable[[str, Sample], Observation], client: str) -> list[Observation]:
@@ -294,7 +311,8 @@ class _Work:
             rows = self.attackers.auxiliary(_AUXILIARY_FOR_SCALE, derive_seed(self.settings.seed, "scale"))
             squares = []
             for adapter in self.adapters.values():
-                replica = Replica(self.backbone, plan, self.run.config.adapter, adapter)
+                own = self.run.config
+                replica = Replica(self.backbone, plan, own.adapter, adapter, states=own.privacy.states)
                 squares += [float(replica.states(torch.tensor([row])).square().mean()) for row in rows]
             size = noise * float(np.sqrt(np.mean(squares)))
 
@@ -375,15 +393,20 @@ class _Work:
         began = time.perf_counter()
         label = f"k {at.plan.input_layers}, m {at.plan.output_layers}: {name}, {level}"
         with self.progress.task(label, len(at.seen), "users") as advance:
-            for client in dict.fromkeys(own.client for own in self.secrets):
-                places = [place for place, own in enumerate(self.secrets) if own.client == client]
-                seen = [at.seen[place] for place in places] + (at.others(client) if audit.looks_at_everyone else [])
-                guesses = audit.attack(seen, self._attacker(level, client, at))
+            for client, of in self._alike().items():
+                places = [place for place, own in enumerate(self.secrets) if own.client in of]
+                others = [each for name in of for each in at.others(name)] if audit.looks_at_everyone else []
+                guesses = audit.attack([at.seen[place] for place in places] + others, self._attacker(level, client, at))
                 for place, guess in zip(places, guesses[: len(places)], strict=True):
                     rows.append(score(guess, self.secrets[place], self.reader))
                 advance(len(places))
         seconds = time.perf_counter() - began
         return {"audit": name, "knowledge": level, **interval(rows, self.settings.seed), "seconds": seconds}
+
+    def _alike(self) -> dict[str, list[str]]:
+        """Put together clients of one adapter, by the name of the first: one attacker does for all of them."""
+        names = list(dict.fromkeys(own.client for own in self.secrets))
+        return {names[0]: names} if self.assembly.method.pooled else {name: [name] for name in names}
 
     def _attacker(self, level: Knowledge, client: str, at: _Setting) -> Attacker:
         """Make an attacker, or take the one that knows the same, with what it has learned."""

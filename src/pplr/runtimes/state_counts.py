@@ -30,16 +30,23 @@ def guarded_run(assembly: Assembly, records: Sequence[Mapping[str, Any]] | None 
         trained = [set(participants_of(assembly.trainers, number, config)) for number in numbers]
     else:
         trained = [{name for name, own in record["clients"].items() if own["samples"] != 0} for record in records]
-    longest = most = 0
+    longest = most = gradients = 0
+    settle = config.privacy.states.settle_rounds
     for name in assembly.trainers:
-        rounds = sum(name in own for own in trained)
-        passes = config.training.local_epochs * rounds * (2 if assembly.method.personal else 1)
-        if config.privacy.dp.is_on:
-            passes = rounds * _drawn_at_most(assembly)
+        models = 2 if assembly.method.personal else 1
+        in_round = _drawn_at_most(assembly) if config.privacy.dp.is_on else config.training.local_epochs * models
+        backward = in_round * sum(name in own for own in trained)
+        passes, ranks = backward, len(trained) + 1
+        if settle is not None:  # what crosses again as the same bytes tells nothing new
+            moving, settled = trained[:settle], trained[settle:]
+            passes = in_round * sum(name in own for own in moving) + models * any(name in own for own in settled)
+            ranks = len(moving) + bool(settled) + 1
         for one, every, ranked in _of_users(assembly, name):
             longest = max(longest, one)
-            most = max(most, passes * every + (len(trained) + 1) * ranked)
-    return told_of_states(config.privacy.states, {"state": 1, "pass": longest, "run": most})
+            most = max(most, passes * every + ranks * ranked)
+            gradients = max(gradients, backward * every)
+    counts = {"state": 1, "pass": longest, "run": most}
+    return told_of_states(config.privacy.states, counts, None if settle is None else counts | {"run": gradients})
 
 
 def announced(assembly: Assembly) -> str:

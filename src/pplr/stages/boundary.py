@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -17,8 +18,19 @@ __all__ = ["Crossing", "Guard"]
 class Guard(Protocol):
     """What a client does to what it is about to send across the cut."""
 
+    @property
+    def settle_rounds(self) -> int | None:
+        """After how many server rounds the input stage stays as it is; never when ``None``."""
+
     def enter(self, occasion: str) -> None:
         """Say what the next passes are for; the same occasion again starts where it started before."""
+
+    def repeating(self, owner: int) -> AbstractContextManager[None]:
+        """Draw the same noise for the same vectors of one user, whatever they are sent for and however often.
+
+        Args:
+            owner: The user.
+        """
 
     def states(self, hidden_states: Tensor, lengths: Tensor | None = None, *, public: bool = False) -> Tensor:
         """Guard states before the first cut, differentiably: (B, T, D) -> (B, T, D).
@@ -27,6 +39,15 @@ class Guard(Protocol):
             hidden_states: (B, T, D).
             lengths: (B,) real states of each row; all when absent. Padding never crosses and stays as it is.
             public: Whether the pass holds nothing of a user.
+        """
+
+    def normal(self, mean: Tensor, lengths: Tensor | None = None, *, public: bool = False) -> Tensor:
+        """Draw standard normal noise for codes where noise is learned, else none: (B, T, r) -> (B, T, r).
+
+        Args:
+            mean: (B, T, r), what the noise is to hide.
+            lengths: (B,) real states of each row; all when absent. Padding has none.
+            public: Whether the pass holds nothing of a user; then there is none.
         """
 
     def gradient(self, gradient: Tensor, lengths: Tensor, scale: float) -> Tensor:

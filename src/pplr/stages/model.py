@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pplr.backbones.adapters import (
     AdapterState,
@@ -21,9 +22,10 @@ from pplr.backbones.adapters import (
     natural_order,
 )
 from pplr.backbones.base import Backbone, Batch, Normal
-from pplr.config import AdapterConfig, TrainingConfig
+from pplr.config import AdapterConfig, StatePrivacyConfig, TrainingConfig
 from pplr.errors import CheckpointError, ConfigError, TransportError
 from pplr.seeds import derive_seed
+from pplr.stages.bottleneck import Bottleneck
 from pplr.stages.boundary import Crossing, Guard
 from pplr.stages.cut import CutPlan
 from pplr.stages.host import StageHost
@@ -46,6 +48,7 @@ class CutModel:
         server: The base that the server's side holds, when the two sides hold parts of it apart in this process.
         connect: Makes a client's transport to a server elsewhere; then this process hosts no middle stage.
         in_flight: Micro-batches of a batch under way at once, where the server is elsewhere.
+        states: What is done to what crosses, of which a learned code is a part of the model.
     """
 
     def __init__(
@@ -57,12 +60,15 @@ class CutModel:
         server: Backbone | None = None,
         connect: Callable[[str, CutPlan], Transport] | None = None,
         in_flight: int = 1,
+        states: StatePrivacyConfig | None = None,
     ) -> None:
         self.backbone = backbone
         self._in_flight = in_flight
+        self._rate_weight = 0.0 if states is None else states.rate_weight or 0.0
+        bottleneck = Bottleneck.of(states, plan, backbone.hidden_size)
         self.plan = plan
         self.training = training
-        self.input = Stage(backbone, plan.input, adapter, "input", recompute=training.recompute)
+        self.input = Stage(backbone, plan.input, adapter, "input", bottleneck=bottleneck, recompute=training.recompute)
         self.output = Stage(backbone, plan.output, adapter, "output", recompute=training.recompute)
         self.host: StageHost | None = None
         self._transports: dict[str, Transport] = {}
@@ -88,7 +94,10 @@ class CutModel:
         start = initial_adapter(self.shapes, seed)
         for name, shape in ends.items():
             source = torch.Generator().manual_seed(derive_seed(seed, "initial adapter", name))
-            start[name] = self.backbone.initial_end(name, shape, source)
+            if (code := self.input.bottleneck) is not None and name in code.shapes:
+                start[name] = code.start(name, source)
+            else:
+                start[name] = self.backbone.initial_end(name, shape, source)
         return start
 
     def secret_start(self, normal: Normal) -> AdapterState:
@@ -113,7 +122,9 @@ class CutModel:
             transport = LocalTransport(self.host, name)
         if transport is not None:
             self._transports[name] = transport
-        return ClientModel(self.input, self.output, transport, initial, self.training, self._in_flight, guard)
+        return ClientModel(
+            self.input, self.output, transport, initial, self.training, self._in_flight, guard, self._rate_weight
+        )
 
     def dismiss(self, name: str) -> None:
         """Let go of what the server's side keeps in memory for a client, if it was ever admitted."""
@@ -159,6 +170,7 @@ class ClientModel:
         training: The optimizer's settings.
         in_flight: Micro-batches of a batch under way at once, where a transport leaves the process.
         guard: What is done to states and gradients before they cross; nothing when absent.
+        rate_weight: β, of a learned code's rate beside the loss.
     """
 
     def __init__(
@@ -170,16 +182,28 @@ class ClientModel:
         training: TrainingConfig,
         in_flight: int = 1,
         guard: Guard | None = None,
+        rate_weight: float = 0.0,
     ) -> None:
         self.backbone = input_stage.backbone
         self.transport = transport
         self.guard = guard
+        self._rate_weight = rate_weight
         self._stages = (input_stage, output_stage)
         self._members = tuple(Member(stage, initial, training) for stage in self._stages)
         self._step = 0
         self._in_flight = in_flight
         self.keeps_constants = False
+        self.has_settled = guard is not None and guard.settle_rounds is not None
         self._constants_are_old = self._lacks_constants(initial)
+
+    def settle(self, server_round: int) -> None:
+        """Enter a server round: say whether the input stage stays as it is, as it does outside of training.
+
+        From then on every history crosses by itself, without dropout, so that it crosses as the same bytes whatever it
+        is batched with; and the input stage's tensors change no more, whoever sets an adapter.
+        """
+        rounds = None if self.guard is None else self.guard.settle_rounds
+        self.has_settled = rounds is not None and server_round >= rounds
 
     def _lacks_constants(self, state: Mapping[str, Tensor]) -> bool:
         """Tell whether the backbone's constants must be computed before they can be used with a state."""
@@ -202,6 +226,11 @@ class ClientModel:
         return Traffic() if self.transport is None else self.transport.traffic.reading()
 
     @property
+    def input_member(self) -> Member:
+        """What is trained in the input stage."""
+        return self._members[0]
+
+    @property
     def output_end(self) -> Mapping[str, Tensor]:
         """What is trained outside the blocks at the output end."""
         return self._members[1].ends
@@ -214,9 +243,12 @@ class ClientModel:
         Args:
             batch: Padded on the right, or in one row.
             dropout_seed: Seed of this pass's dropout masks; ``None`` drops nothing.
+
+        Returns:
+            (). A learned code's rate has its weight in the gradient and no part in the value.
         """
         part = self._numbered(batch, dropout_seed)
-        states = self._enter(part)
+        states, rate = self._entered(part)
         if self.transport is not None:
             if not states.requires_grad:
                 states = states.detach().requires_grad_(True)
@@ -226,7 +258,7 @@ class ClientModel:
             loss = self._leave(states, part)
             if self.guard is not None:
                 loss.register_hook(scales.append)
-            return loss
+            return loss if rate is None else loss + self._rate_weight * (rate - rate.detach())
         return self._leave(states, part)
 
     def _numbered(self, batch: Batch, dropout_seed: int | None) -> MicroBatch:
@@ -236,9 +268,39 @@ class ClientModel:
 
     def _enter(self, part: MicroBatch) -> Tensor:
         """Embed a batch, run the input stage, and guard what is to cross: (B, T) -> (B, T, D)."""
+        return self._entered(part)[0]
+
+    def _entered(self, part: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        """Do the same, and sum the rate of the batch's codes where there are any and they are trained."""
+        if self.has_settled and self.transport is not None:
+            return self._settled(part.batch), None
         states = self.backbone.embed(part.batch.input_ids, self._members[0].ends, part.call.dropout_seed)
         states = self._stages[0].run(self._members[0], states, part.call)
-        return states if self.transport is None else self._guarded(states, part.batch)
+        if self.transport is None:
+            return states, None
+        rate, bottleneck, lengths = None, self._stages[0].bottleneck, part.batch.lengths
+        if bottleneck is not None:
+            trained = self._members[0].ends
+            is_real = (torch.arange(states.shape[1])[None, :] < lengths[:, None].cpu()).to(states.device)
+            rate = bottleneck.rate(bottleneck.mean(states, trained), trained)[is_real].sum()
+        return self._guarded(states, part.batch), rate
+
+    @torch.no_grad()
+    def _settled(self, batch: Batch) -> Tensor:
+        """Send each row by itself, as it was sent before: (B, T) -> (B, T, D)."""
+        rows = []
+        owners = [-1] * batch.samples if batch.owners is None else batch.owners.tolist()
+        for place, (length, owner) in enumerate(zip(batch.lengths.tolist(), owners, strict=True)):
+            own = Batch(
+                batch.input_ids[place : place + 1, :length],
+                batch.lengths[place : place + 1],
+                batch.is_target[place : place + 1, :length],
+            )
+            states = self.backbone.embed(own.input_ids, self._members[0].ends)
+            states = self._stages[0].run(self._members[0], states, StageCall(lengths=own.lengths))
+            with nullcontext() if self.guard is None or owner < 0 else self.guard.repeating(owner):
+                rows.append(self._guarded(states, own)[0])
+        return pad_sequence(rows, batch_first=True)
 
     def _leave(self, states: Tensor, part: MicroBatch) -> Tensor:
         """Run the output stage and sum the loss: (B, T, D) -> ()."""
@@ -276,7 +338,9 @@ class ClientModel:
         return losses
 
     def _guarded(self, states: Tensor, batch: Batch | None = None, *, public: bool = False) -> Tensor:
-        if self.guard is None:
+        """Make of states what crosses: codes and their noise where they are learned, and what the guard does."""
+        bottleneck, trained = self._stages[0].bottleneck, self._members[0].ends
+        if bottleneck is None and self.guard is None:
             return states
         if batch is not None and batch.row is not None:
             raise ConfigError(
@@ -284,7 +348,13 @@ class ClientModel:
                 "what its promise is of",
                 cure="Set training.shared_prefix: false.",
             )
-        return self.guard.states(states, None if batch is None else batch.lengths, public=public)
+        lengths = None if batch is None else batch.lengths
+        if bottleneck is not None:
+            code = bottleneck.mean(states, trained)
+            if self.guard is not None:
+                code = code + bottleneck.deviations(trained) * self.guard.normal(code, lengths, public=public)
+            states = bottleneck.expand(code, trained).to(states.dtype)
+        return states if self.guard is None else self.guard.states(states, lengths, public=public)
 
     def _guarded_gradient(self, lengths: Tensor, scales: Sequence[Tensor], gradient: Tensor) -> Tensor:
         """Guard a gradient by how much the summed loss was scaled, which its own gradient says."""
@@ -300,10 +370,14 @@ class ClientModel:
             public: Whether the batch holds nothing of a user.
         """
         call = StageCall(adapter=adapter, lengths=batch.lengths, row=batch.row)
-        states = self.backbone.embed(batch.input_ids, self._members[0].ends)
-        states = self._stages[0].run(self._members[0], states, call)
+        if self.has_settled and self.transport is not None and adapter and not public:
+            states = self._settled(batch)
+        else:
+            states = self.backbone.embed(batch.input_ids, self._members[0].ends)
+            states = self._stages[0].run(self._members[0], states, call)
+            if self.transport is not None:
+                states = self._guarded(states, batch, public=public)
         if self.transport is not None:
-            states = self._guarded(states, batch, public=public)
             states = self.transport.forward(states, batch.lengths, call, keep_as=None)
         return self._stages[1].run(self._members[1], states, call)
 
@@ -351,6 +425,9 @@ class ClientModel:
         objective = objective or LocalObjective()
         for member in self._members:
             member.optimizer.begin_round(total_steps, objective, anchor)
+        if self.has_settled:
+            for parameter in self._members[0].parameters.values():
+                parameter.requires_grad_(False)
         if self.transport is not None:
             self.transport.begin_round(total_steps, objective, anchor)
 
@@ -452,7 +529,7 @@ class ClientModel:
         self._constants_are_old = bool(self.backbone.constant)
 
     def set_adapter(self, state: Mapping[str, Tensor]) -> None:
-        """Copy LoRA tensors into all stages, or into none.
+        """Copy LoRA tensors into all stages, or into none; into an input stage that has settled never.
 
         Raises:
             AdapterError: One of them does not fit, or is not finite.
@@ -461,7 +538,7 @@ class ClientModel:
             member.check(state, whose="the adapter to go on with")
         if self.transport is not None:
             self.transport.set_adapter(state)
-        for member in self._members:
+        for member in self._members[1:] if self.has_settled else self._members:
             member.set_adapter(state)
         self._constants_are_old = self._lacks_constants(state)
 

@@ -17,6 +17,7 @@ from pplr.backbones.shared_row import SharedRow
 from pplr.backbones.slots import AdapterSlots, Slots, Tenant, make_slots
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import BackboneError, TransportError
+from pplr.stages.bottleneck import Bottleneck
 from pplr.stages.optimizer import StageOptimizer
 
 __all__ = ["Member", "Stage", "StageCall"]
@@ -73,6 +74,7 @@ class Stage:
         span: Which blocks, half-open like ``range``.
         config: LoRA's settings.
         end: Which end of the model the stage is, when it is one; then what is trained there belongs to it.
+        bottleneck: What stands behind the stage's blocks at the cut, and is trained with them.
         recompute: Whether training runs each block again in the backward pass rather than keep its activations.
     """
 
@@ -83,10 +85,14 @@ class Stage:
         config: AdapterConfig,
         end: End | None = None,
         *,
+        bottleneck: Bottleneck | None = None,
         recompute: bool = False,
     ) -> None:
         self.span = span
         self.end_shapes = {} if end is None else backbone.end_shapes(end)
+        self.bottleneck = bottleneck
+        if bottleneck is not None:
+            self.end_shapes = self.end_shapes | bottleneck.shapes
         self.backbone = backbone
         self.blocks = backbone.blocks(span)
         self.slots: Slots = make_slots(self.blocks, config, backbone.block_prefix)

@@ -11,6 +11,7 @@ from pplr.privacy.audits.label_gradients import LabelGradients
 from pplr.privacy.audits.label_lens import LabelLens
 from pplr.privacy.audits.logit_lens import LogitLens
 from pplr.privacy.audits.nearest_embedding import NearestEmbedding
+from pplr.privacy.audits.posterior_matching import PosteriorMatching
 from pplr.privacy.audits.vocabulary_matching import VocabularyMatching
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "LabelLens",
     "LogitLens",
     "NearestEmbedding",
+    "PosteriorMatching",
     "VocabularyMatching",
     "make_audit",
 ]

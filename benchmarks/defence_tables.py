@@ -1,0 +1,102 @@
+"""The table and the plot of trained defences: what a server reads, beside what recommendations are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.tables import Section, table, where
+
+__all__ = ["defence_section", "draw_defences"]
+
+_METRIC = "item_f1"
+
+
+def strongest(setting: Mapping[str, Any], metric: str) -> Mapping[str, float]:
+    """Find what the attack that found most has found."""
+    told = [own[metric] for own in setting["audits"] if own.get(metric)]
+    return max(told, key=lambda own: float(own["mean"]))
+
+
+def defence_section(name: str, told: Mapping[str, Any]) -> Section:
+    """Make the section of one grid of defences.
+
+    Args:
+        name: The grid's.
+        told: What ``benchmarks.state_defence`` wrote.
+    """
+    rows = told["defences"]
+    passes = [own["passes"] for own in rows[0]["settings"]]
+    head = ["states", "model trained", rows[0]["metric"], "bits a state"]
+    for own in passes:
+        where_seen = "one pass" if own == 1 else f"{own} passes"
+        head += [f"item F1, {where_seen}", f"target, {where_seen}"]
+    body: list[list[str]] = []
+    for row in rows:
+        guard = row["settings"][0]["guard"] or "as they are"
+        trained = "under it" if row["trained_under_it"] else "without it"
+        bits = "" if row["bits"] is None else f"{row['bits']:.2f}"
+        cells = [guard, trained, _cell(row["worth"], 4), bits]
+        for setting in row["settings"]:
+            cells += [_cell(strongest(setting, metric)) for metric in (_METRIC, "target_hit@1")]
+        body.append(cells)
+    guess = [_cell(rows[0]["baseline"][metric]) for metric in (_METRIC, "target_hit@1")]
+    body.append(["no states, popularity", "", "", "", *guess * len(passes)])
+    attacks = sorted({own["audit"] for row in rows for setting in row["settings"] for own in setting["audits"]})
+    note = (
+        f"`{told['command']}`; {where(told['machine'])}. The strongest of {', '.join(attacks)}, by who has the "
+        f"client's adapter and learned on states that are guarded alike; {rows[0]['users']} users, rankings of all; in "
+        f"parentheses 95 % intervals (users resampled). {told['bits']:.2f} bits name an item by popularity. "
+        f"Plot: [results/privacy/{name}.png](../results/privacy/{name}.png)."
+    )
+    parts = [table(head, body), note]
+    if (own := told.get("differences")) is not None:
+        parts.append(
+            f"Were the noise of {own['defence']} one for each user and item while the input stage is trained on, what "
+            f"crosses in two rounds, one less the other, would give an item F1 of {_cell(own[_METRIC])} and the target "
+            f"of {_cell(own['target_hit@1'])} of {own['users']} users."
+        )
+    return Section(f"privacy-{name}", f"Trained defences: {name}", "\n\n".join(parts))
+
+
+def _cell(told: Mapping[str, float], digits: int = 2) -> str:
+    if "low" not in told:
+        return f"{told['mean']:.{digits}f}"
+    return f"{told['mean']:.{digits}f} ({told['low']:.{digits}f} to {told['high']:.{digits}f})"
+
+
+def draw_defences(told: Mapping[str, Any], path: Path) -> None:
+    """Draw what is read against what recommendations are worth, one pass and many, with intervals over users."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    rows: Sequence[Mapping[str, Any]] = told["defences"]
+    chart = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = chart.subplots()
+    colours = colormaps["tab10"]
+    for number, row in enumerate(rows):
+        guard = row["settings"][0]["guard"] or "as they are"
+        label = guard if row["trained_under_it"] else f"{guard}; trained without it"
+        for place, setting in enumerate(row["settings"]):
+            leak, worth = strongest(setting, _METRIC), row["worth"]
+            low, high = (worth.get(key, worth["mean"]) for key in ("low", "high"))
+            axes.errorbar(
+                leak["mean"],
+                worth["mean"],
+                xerr=[[leak["mean"] - leak["low"]], [leak["high"] - leak["mean"]]],
+                yerr=[[worth["mean"] - low], [high - worth["mean"]]],
+                fmt="os^D"[place % 4],
+                color=colours(number % 10),
+                markerfacecolor=colours(number % 10) if place == 0 else "white",
+                label=label if place == 0 else None,
+                capsize=2,
+            )
+    guess = rows[0]["baseline"][_METRIC]
+    axes.axvspan(guess["low"], guess["high"], color="0.9", zorder=0)
+    axes.axvline(guess["mean"], color="0.5", linestyle="--", zorder=0)
+    seen = ", ".join(str(own["passes"]) for own in rows[0]["settings"])
+    axes.set(xlabel=f"item F1 of the strongest attack, passes {seen}", ylabel=rows[0]["metric"], xlim=(-0.02, 1.02))
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    chart.savefig(path, dpi=150)
