@@ -7,8 +7,6 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
-import pytest
-
 from pplr.runtimes.trackers import Tracker, make_trackers
 
 __all__ = ["TrackerContract"]
@@ -55,26 +53,28 @@ class TrackerContract:
             "bytes_up/total": [(2, 2.0**40)],
         }
 
-    @pytest.mark.parametrize("closed", [True, False], ids=["closed", "killed"])
-    def test_going_on_adds_what_is_missing_and_nothing_twice(self, tmp_path: Path, closed: bool) -> None:
+    def test_going_on_adds_what_is_missing_and_nothing_twice(self, tmp_path: Path) -> None:
         """The second process is told all rounds again, and a point that the first one missed."""
-        first = self.opened(tmp_path)
-        first.write(1, {"loss/mean": 1.5})
-        if closed:
-            first.close("stopped")
-        second = self.opened(tmp_path)
-        for _ in range(2):
-            second.write(1, _ONE)
-            second.write(2, _TWO)
-        second.close("finished")
-        found = self.read(tmp_path)
-        if not closed:
-            first.close("stopped")
-        assert found["loss/mean"] == [(1, 1.5), (2, 1.25)]
-        assert {tag: len(points) for tag, points in found.items() if tag != "loss/mean"} == {
-            "validation/ndcg@10/client/north-1.a": 1,
-            "bytes_up/total": 1,
-        }
+        for way in ("closed", "killed"):
+            folder = tmp_path / way
+            folder.mkdir()
+            first = self.opened(folder)
+            first.write(1, {"loss/mean": 1.5})
+            if way == "closed":
+                first.close("stopped")
+            second = self.opened(folder)
+            for _ in range(2):
+                second.write(1, _ONE)
+                second.write(2, _TWO)
+            second.close("finished")
+            found = self.read(folder)
+            if way == "killed":
+                first.close("stopped")
+            assert found["loss/mean"] == [(1, 1.5), (2, 1.25)], way
+            assert {tag: len(points) for tag, points in found.items() if tag != "loss/mean"} == {
+                "validation/ndcg@10/client/north-1.a": 1,
+                "bytes_up/total": 1,
+            }, way
 
     def test_settings_are_written_once(self, tmp_path: Path) -> None:
         """They are there however often the run goes on."""
