@@ -24,8 +24,8 @@ _USUAL = 0.9
 """Quantile of the cosines between states that is taken for one of different items: few pairs are of the same."""
 _PROFILE = 60
 """Of each item the cosines to so many nearest others say which items it may be."""
-_STARTS = ((0.5, 1.0), (0.0, 1.0), (1.0, 1.0))
-"""How far directions of states are made equally long, from 0 to 1, and how sure the first matching is."""
+_POWERS = (1.0, 0.75, 0.5, 0.0)
+"""How far directions in which groups lie are made equally long, one matching for each."""
 _SURE = 0.4
 """Correlation of cosines at which a matching is taken for the right one; chance reaches about half of it."""
 _STEPS = 30
@@ -82,10 +82,11 @@ class Alignment(Audit):
 def _grouped(states: Tensor) -> Tensor:
     """Put states together that are much nearer than states usually are: (M, D) -> (M,) numbers of groups.
 
-    The order in which states come does not matter.
+    Directions are made equally long first, since items that are alike share the long ones. The order in which states
+    come does not matter.
     """
     order = states[:, 0].argsort(stable=True)
-    units = torch.nn.functional.normalize(states - states.mean(dim=0), dim=1)[order]
+    units = torch.nn.functional.normalize(_evened(states, 1.0), dim=1)[order]
     sample = torch.arange(0, len(units), max(1, len(units) // _SAMPLE))
     cosines = units[sample] @ units.T
     cosines[torch.arange(len(sample)), sample] = -1.0
@@ -118,9 +119,9 @@ def _matched(centres: Tensor, counts: Tensor, vectors: Tensor, expected: Tensor)
     catalog = _cosines(vectors.double() - vectors.double().mean(dim=0))
     frequencies = -((counts.log1p()[:, None] - expected.log1p()[None]) ** 2)
     best, reached = torch.full((len(centres),), -1), -1.0
-    for power, temperature in _STARTS:
+    for power in _POWERS:
         groups = _cosines(_evened(centres.double(), power))
-        start = torch.softmax(temperature * (frequencies + _profiles(groups, catalog)), dim=1)
+        start = torch.softmax(frequencies + _profiles(groups, catalog), dim=1)
         items = _climb(groups, catalog, start)
         correlation = _correlation(groups, catalog, items)
         if correlation > reached:
@@ -130,11 +131,13 @@ def _matched(centres: Tensor, counts: Tensor, vectors: Tensor, expected: Tensor)
     return best
 
 
-def _evened(centres: Tensor, power: float) -> Tensor:
-    """Make the directions in which centres lie more equally long: (C, D) -> (C, min(C, D))."""
-    left, sizes, _ = torch.linalg.svd(centres - centres.mean(dim=0), full_matrices=False)
-    floor = sizes.square().mean() * _FLOOR + 1e-12
-    return left * sizes / (sizes.square() + floor).pow(power / 2)
+def _evened(rows: Tensor, power: float) -> Tensor:
+    """Make the directions in which rows lie more equally long: (M, D) -> (M, D)."""
+    centred = rows - rows.mean(dim=0)
+    squares, directions = torch.linalg.eigh(centred.T @ centred)
+    squares = squares.clamp(min=0)
+    floor = squares.mean() * _FLOOR + 1e-12
+    return centred @ (directions / (squares + floor).pow(power / 2))
 
 
 def _cosines(rows: Tensor) -> Tensor:
