@@ -127,7 +127,7 @@ class Explainer:
         self._attacker = lru_cache(_KEPT)(self._make_attacker)
 
     def request(self, client: str | None, *, user: str | None = None, history: Sequence[str] | None = None) -> Request:
-        """Find out who is meant; see :meth:`Run.recommend`."""
+        """Find out who is meant; see :meth:`~pplr.runtimes.run.Run.recommend`."""
         return make_request(self.parts, client, user, history)
 
     # -- lists ------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def check_finished(folder: Path) -> None:
 
 
 def make_request(parts: Assembly, client: str | None, user: str | None, history: Sequence[str] | None) -> Request:
-    """Find out who is meant; see :meth:`Run.recommend` for what may be left out, and what is refused."""
+    """Find out who is meant; see :meth:`~pplr.runtimes.run.Run.recommend` for what may be left out and refused."""
     if (user is None) == (history is None):
         raise ConfigError("give either a user or a history", cure="Use --user U or --history 'A; B; C'.")
     catalog = parts.data.dataset.catalog

@@ -333,7 +333,7 @@ def test_the_word_private_stands_beside_a_figure_or_the_audit(whole: tuple[Path,
 @pytest.mark.usefixtures("undrawn")
 def test_the_commands_of_the_page_about_reports_work(folder: Path, tmp_path: Path) -> None:
     page = (Path(__file__).parents[3] / "docs" / "report.md").read_text(encoding="utf-8")
-    lines = [line for block in re.findall(r"```\n(.*?)```", page, flags=re.DOTALL) for line in block.splitlines()]
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL) for line in block.splitlines()]
     assert len(lines) == 4
     for line in lines:
         told = line.replace("OTHER_RUN_DIR", "RUN_DIR").replace("RUN_DIR", str(folder)).split()
