@@ -330,7 +330,10 @@ def _raw(tensor: Tensor) -> bytes:
 
 
 def _tensor(data: bytes, dtype: torch.dtype) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=dtype)  # a copy, since bytes cannot be written to
+    """Copy bytes to where torch puts its own tensors: products of others may differ in their last bit."""
+    copied = torch.empty(len(data), dtype=torch.uint8)
+    copied.numpy()[:] = np.frombuffer(data, dtype=np.uint8)
+    return copied.view(dtype)
 
 
 def _check(fine: bool, message: str, cure: str) -> None:
