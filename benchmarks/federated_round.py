@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measuring import at_least, backbone_of, quickstart, spread, use_all_cores, write_result
+from benchmarks.measuring import at_least, causal_lm_of, quickstart, spread, use_all_cores, write_result
 from benchmarks.reference.plain_loops import mixed_by_loops
 from benchmarks.reference.usual_round import Usual, train_usually
 from pplr.backbones.batching import bucketed_batches
@@ -220,9 +220,7 @@ def main() -> None:
     use_all_cores()
     torch.manual_seed(0)
     config = quickstart(*TRAINING, *arguments.overrides)
-    backbone = backbone_of(config)
-    if not isinstance(backbone, CausalLM):
-        raise SystemExit("error: the demo's backbone is not causal_lm")
+    backbone = causal_lm_of(config)
     measured = measure(config, backbone, arguments.samples, arguments.rounds)
     print("\n".join(measured["notes"]))
     write_result("federated_round", measured)

@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from pplr.backbones.base import Backbone, load_backbone
+from pplr.backbones.causal_lm import CausalLM
 from pplr.config import Config
 from pplr.config_files import load_config
 from pplr.runtimes.assembly import load_run_data
@@ -68,6 +69,14 @@ def quickstart(*overrides: str) -> Config:
 def backbone_of(config: Config) -> Backbone:
     """Load a configuration's backbone, telling what is fetched."""
     return load_backbone(config.backbone, print)
+
+
+def causal_lm_of(config: Config) -> CausalLM:
+    """Load a configuration's backbone where it is to write titles."""
+    backbone = backbone_of(config)
+    if not isinstance(backbone, CausalLM):
+        raise SystemExit(f"error: this is measured with causal_lm, not with {backbone.name}")
+    return backbone
 
 
 def at_least(name: str, against: str, ratio: float, bound: float) -> dict[str, Any]:

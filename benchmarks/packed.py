@@ -15,10 +15,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.measuring import at_least, backbone_of, quickstart, spread, use_all_cores, write_result
+from benchmarks.measuring import at_least, causal_lm_of, quickstart, spread, use_all_cores, write_result
 from pplr.backbones.base import Batch
 from pplr.backbones.batching import bucketed_batches
-from pplr.backbones.causal_lm import CausalLM
 from pplr.config import Config
 from pplr.runtimes.assembly import load_run_data
 from pplr.seeds import generator
@@ -61,9 +60,7 @@ class Way:
 
 def prepare(config: Config, count: int, tokens: int) -> Way:
     """Encode real samples, deal an epoch of them, and draw micro-batches of about so many tokens."""
-    data, backbone = load_run_data(config), backbone_of(config)
-    if not isinstance(backbone, CausalLM):
-        raise SystemExit("error: the demo's backbone is not causal_lm")
+    data, backbone = load_run_data(config), causal_lm_of(config)
     samples = [sample for own in data.samples.values() for sample in own]
     samples = backbone.divide(samples, data.dataset.catalog)
     encoded = backbone.encode(samples, data.dataset.catalog, config.data.history_items)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.llama_costs import Shape, flops
-from benchmarks.measuring import at_least, backbone_of, quickstart, real_batch, spread, use_all_cores, write_result
+from benchmarks.measuring import at_least, causal_lm_of, quickstart, real_batch, spread, use_all_cores, write_result
 from benchmarks.op_shares import shares_of
 from pplr.backbones.base import Backbone, Batch
 from pplr.backbones.batching import bucketed_batches
@@ -168,9 +168,7 @@ def measure(steps: int, size: int, load: Callable[[str], tuple[Config, CausalLM]
 def load_demo(name: str) -> tuple[Config, CausalLM]:
     """Load the demo's configuration and base in a number format."""
     config = quickstart(f"backbone.dtype={name}", "training.samples=null")
-    backbone = backbone_of(config)
-    if not isinstance(backbone, CausalLM):
-        raise SystemExit("error: the demo's backbone is not causal_lm")
+    backbone = causal_lm_of(config)
     return config, backbone
 
 

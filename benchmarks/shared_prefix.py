@@ -20,7 +20,7 @@ import torch
 from benchmarks.measuring import (
     at_least,
     at_most,
-    backbone_of,
+    causal_lm_of,
     quickstart,
     real_batch,
     spread,
@@ -150,9 +150,7 @@ def main() -> None:
     use_all_cores()
     torch.manual_seed(0)
     config = quickstart("training.samples=null")
-    backbone = backbone_of(config)
-    if not isinstance(backbone, CausalLM):
-        raise SystemExit("error: the demo's backbone is not causal_lm")
+    backbone = causal_lm_of(config)
     measured = measure(config, backbone, arguments.steps, arguments.batch_size)
     print("\n".join(measured["notes"]))
     for row in measured["rows"]:

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.measuring import backbone_of, quickstart, real_batch, spread, use_all_cores, write_result
+from benchmarks.measuring import causal_lm_of, quickstart, real_batch, spread, use_all_cores, write_result
 from benchmarks.reference.usual_loop import PaddedSamples, collate_padded, usual_model
-from pplr.backbones.causal_lm import CausalLM
 from pplr.config import CutConfig
 from pplr.stages.cut import CutPlan
 from pplr.stages.model import ClientModel, CutModel
@@ -60,9 +59,7 @@ def main() -> None:
     arguments = parser.parse_args()
     use_all_cores()
     config = quickstart()
-    backbone = backbone_of(config)
-    if not isinstance(backbone, CausalLM):
-        raise SystemExit("the demo's backbone is not causal_lm")
+    backbone = causal_lm_of(config)
     encoded = real_batch(config, backbone, arguments.batch_size)
     batch = backbone.collate(encoded)
     steps = {}

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measuring import at_most, backbone_of, quickstart, use_all_cores, write_result
+from benchmarks.measuring import at_most, causal_lm_of, quickstart, use_all_cores, write_result
 from pplr.backbones.base import Backbone
 from pplr.backbones.batching import bucketed_batches
-from pplr.backbones.causal_lm import CausalLM
 from pplr.config import Config
 from pplr.data.prompts import Sample
 from pplr.recommend.training import evaluation_loss
@@ -127,9 +126,7 @@ def main() -> None:
     arguments = parser.parse_args()
     use_all_cores()
     base = quickstart("backbone.dtype=float32", "evaluation.validation_users=null", "training.samples=null")
-    backbone = backbone_of(base)
-    if not isinstance(backbone, CausalLM):
-        raise SystemExit("the demo's backbone is not causal_lm")
+    backbone = causal_lm_of(base)
     runs: dict[str, list[dict[str, Any]]] = {wire.value: [] for wire in Wire}
     long: dict[str, dict[str, Any]] = {}
     for seed in range(arguments.seeds + 1):

@@ -13,7 +13,7 @@ PLAIN = ("federation.method=pplr", "federation.rounds=1", "training.samples=null
 def tiny(request, small_config, model_folder):
     shared = f"training.shared_prefix={str(request.param).lower()}"
     config = small_config(*PLAIN, f"backbone.model={model_folder}", "training.learning_rate=0.001", shared)
-    return config, federated_round.backbone_of(config)
+    return config, federated_round.causal_lm_of(config)
 
 
 def test_both_ways_end_with_the_same_losses_and_adapters(tiny) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from pplr.backbones.item_vectors import ItemVectors
-from pplr.errors import ConfigError
 from pplr.privacy.audits.base import Attacker, Audit, Guess, Knowledge, register
 from pplr.privacy.observing import Observation
 
@@ -41,7 +39,7 @@ class Alignment(Audit):
     Groups are matched with items so that near ones stay near, by Frank-Wolfe steps from a first matching by popularity
     and by each one's cosines to its nearest. Of several starts the one with the highest correlation is kept.
 
-    It looks at all training passes of a client: in those of a dozen users it finds nothing.
+    It looks at all training passes of a client: too few of them hold too little to match.
 
     Cites:
         vogelstein2015faq
@@ -58,11 +56,7 @@ class Alignment(Audit):
         Raises:
             ConfigError: The backbone does not read items.
         """
-        if not attacker.reads_items:
-            raise ConfigError(
-                f"alignment was asked of backbone {attacker.replica.backbone.name}", cure="Audit item_vectors with it."
-            )
-        vectors = cast(ItemVectors, attacker.replica.backbone).vectors.cpu()
+        vectors = attacker.items_of(self.name).vectors.cpu()
         popularity = attacker.popularity.double()
         items = popularity.argsort(descending=True, stable=True)[:_MOST]
         states = torch.cat([own.states for own in seen]).float().cpu()

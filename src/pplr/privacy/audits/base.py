@@ -73,6 +73,17 @@ class Attacker:
         """Whether tokens are items."""
         return isinstance(self.replica.backbone, ItemVectors)
 
+    def items_of(self, audit: str) -> ItemVectors:
+        """Return the backbone of an attack on items.
+
+        Raises:
+            ConfigError: It does not read items.
+        """
+        backbone = self.replica.backbone
+        if not isinstance(backbone, ItemVectors):
+            raise ConfigError(f"{audit} was asked of backbone {backbone.name}", cure="Audit item_vectors with it.")
+        return backbone
+
     def known(self, length: int) -> list[int | None]:
         """Write down what is known of a pass before the attack: its beginning."""
         return [*self.prefix[:length], *[None] * (length - len(self.prefix))]

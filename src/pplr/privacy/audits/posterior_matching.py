@@ -43,9 +43,12 @@ class PosteriorMatching(Audit):
     knows: ClassVar[tuple[Knowledge, ...]] = ("own", "exchanged", "mixed", "base")
 
     def attack(self, seen: Sequence[Observation], attacker: Attacker) -> list[Guess]:
-        """Learn once, then choose items for each pass; where tokens are no items it says nothing."""
-        if not attacker.reads_items:
-            return [Guess() for _ in seen]
+        """Learn once, then choose items for each pass.
+
+        Raises:
+            ConfigError: The backbone does not read items.
+        """
+        attacker.items_of(self.name)
         means, whitening = _learned(attacker)
         means = means @ whitening
         prior = (attacker.popularity.double() + 1).log()
