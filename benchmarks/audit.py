@@ -16,7 +16,6 @@ from benchmarks.measuring import machine, quality_parser
 from benchmarks.quality import finish
 from pplr.apps.auditing import SWEPT_NOISES, draw_frontier, parse_cuts, sweep_cuts
 from pplr.errors import PplrError
-from pplr.runtimes.auditing import audit_run, make_settings
 from pplr.runtimes.run import open_run
 from pplr.storage import write_json
 
@@ -41,8 +40,8 @@ def main() -> None:
         run = open_run(folder)
         cuts = parse_cuts(arguments.cut) or sweep_cuts(run.assembly().backbone.total_layers)
         for seed in arguments.seeds:
-            settings = make_settings(
-                audits=arguments.attack,
+            found = run.audit(
+                attacks=arguments.attack,
                 knowledge=arguments.has,
                 users=arguments.users,
                 cuts=cuts,
@@ -51,8 +50,8 @@ def main() -> None:
                 guards=[[part for part in own.split(",") if part] for own in arguments.guard],
                 seed=seed,
             )
-            told.append(audit_run(run, settings))
-            print(f"seed {seed}: {told[-1]['verdict']}", flush=True)
+            told.append(found)
+            print(f"seed {seed}: {found['verdict']}", flush=True)
     except PplrError as error:
         sys.exit(f"error: {error}")
     path = ROOT / "results" / "privacy" / f"{arguments.name}.json"

@@ -29,7 +29,8 @@ from pplr.config import StatePrivacyConfig
 from pplr.config_files import load_config
 from pplr.errors import PplrError
 from pplr.privacy.scoring import resampled
-from pplr.runtimes.auditing import AuditSettings, audit_run
+from pplr.runtimes.audit_settings import AuditSettings
+from pplr.runtimes.auditing import audit_run
 from pplr.runtimes.run import Run, open_run
 from pplr.seeds import generator
 from pplr.stages.model import CutModel
@@ -111,7 +112,7 @@ def measured(name: str, run: Run, guard: StatePrivacyConfig, arguments: argparse
     """Attack one run behind one guard, and measure its rankings."""
     own = guard == run.config.privacy.states
     settings = AuditSettings(
-        audits=tuple(arguments.attack),
+        attacks=tuple(arguments.attack),
         knowledge=("own",),
         users=arguments.users,
         passes=tuple(arguments.passes),

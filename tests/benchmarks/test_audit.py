@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 import benchmarks.audit as audit
 from benchmarks.privacy_tables import privacy_section
 from pplr.privacy.scoring import METRICS
+from pplr.runtimes.audit_settings import make_settings
 
 
 def told(value: float) -> dict[str, dict[str, float] | None]:
@@ -63,15 +65,14 @@ def test_what_was_done_to_states_is_in_the_row() -> None:
 def test_every_seed_is_audited_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[int] = []
 
-    def fake(run: object, settings: Any) -> dict[str, Any]:
-        seeds.append(settings.seed)
-        assert settings.cuts == ((1, 0), (1, 1))
+    def fake(**words: Any) -> dict[str, Any]:
+        seeds.append(words["seed"])
+        assert make_settings(**words).cuts == ((1, 0), (1, 1))
         return content(0.5)
 
     monkeypatch.setattr(audit, "ROOT", tmp_path)
     monkeypatch.setattr(audit, "finish", lambda *arguments: None)
-    monkeypatch.setattr(audit, "open_run", lambda folder: None)
-    monkeypatch.setattr(audit, "audit_run", fake)
+    monkeypatch.setattr(audit, "open_run", lambda folder: SimpleNamespace(audit=fake))
     monkeypatch.setattr(sys, "argv", ["audit", "c.yaml", "--name", "x", "--cut", "1,0", "1,1", "--seeds", "3", "4"])
     audit.main()
     kept = json.loads((tmp_path / "results" / "privacy" / "x.json").read_text())

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from pplr.apps.cli import app
 from pplr.errors import ConfigError, RunError
 from pplr.privacy.audits import AUDITS, inverter
-from pplr.runtimes.auditing import AuditSettings, audit_run, make_settings
+from pplr.runtimes.audit_settings import AuditSettings, make_settings
+from pplr.runtimes.auditing import audit_run
 from pplr.runtimes.run import Run, open_run
 from pplr.testing import refuses
 
@@ -58,7 +59,7 @@ def test_a_bare_cut_is_read_and_the_file_says_so(item_run: Run, monkeypatch: pyt
 
 
 def test_generated_titles_are_read_too(finished: Callable[..., Run]) -> None:
-    content = audit_run(finished(), AuditSettings(users=3, audits=("catalog_matching",), knowledge=("own",)))
+    content = audit_run(finished(), AuditSettings(users=3, attacks=("catalog_matching",), knowledge=("own",)))
     assert content["cut"]["input_layers"] == 1
     assert found(content, "catalog_matching", "own", "item_f1") > 0.9
 
@@ -88,7 +89,7 @@ def test_a_guarded_run_is_attacked_behind_its_guard_and_passes_add_up(item_run: 
     assert audit_run(run, settings)["settings"][0]["worth"] == content["settings"][0]["worth"]
     assert audit_run(item_run, settings)["settings"][0]["worth_unguarded"] is None
     words = ["clip_norm=0.5", "noise=metric", "eta=8", "gradient_clip_norm=0.1", "gradient_noise_multiplier=20"]
-    tried = make_settings(audits=settings.audits, knowledge=["own"], users=4, cuts=[(0, 1)], guards=[[], words])
+    tried = make_settings(attacks=settings.attacks, knowledge=["own"], users=4, cuts=[(0, 1)], guards=[[], words])
     assert tried.guards[1] == run.config.privacy.states
     bare, guarded = audit_run(item_run, tried)["settings"]
     assert bare["guard"] is None
@@ -99,7 +100,7 @@ def test_a_guarded_run_is_attacked_behind_its_guard_and_passes_add_up(item_run: 
 
 
 def test_the_same_seed_gives_the_same_figures(item_run: Run) -> None:
-    settings = AuditSettings(users=3, audits=("nearest_embedding",), noises=(1.0,), seed=5)
+    settings = AuditSettings(users=3, attacks=("nearest_embedding",), noises=(1.0,), seed=5)
     one, other = (audit_run(item_run, settings) for _ in range(2))
     for content in (one, other):
         content.pop("seconds")
@@ -110,14 +111,14 @@ def test_the_same_seed_gives_the_same_figures(item_run: Run) -> None:
 
 
 def test_the_last_layers_alone_change_nothing_at_the_first_cut(item_run: Run) -> None:
-    settings = AuditSettings(users=3, audits=("nearest_embedding",), knowledge=("own",), cuts=((1, 0), (1, 1)))
+    settings = AuditSettings(users=3, attacks=("nearest_embedding",), knowledge=("own",), cuts=((1, 0), (1, 1)))
     one, other = audit_run(item_run, settings)["settings"]
     assert one["audits"] == other["audits"]
 
 
 def test_what_cannot_be_audited_is_refused(item_run: Run, tmp_path: Path) -> None:
     with refuses(ConfigError, "no audit is called 'vocabulary'"):
-        AuditSettings(audits=("vocabulary",))
+        AuditSettings(attacks=("vocabulary",))
     with refuses(ConfigError, "1 users"):
         AuditSettings(users=1)
     with refuses(ConfigError, "noise"):

@@ -18,7 +18,8 @@ from pplr.config import BackboneConfig, Config
 from pplr.errors import BackboneError
 from pplr.progress import Silent
 from pplr.runtimes.address import StageServerAt
-from pplr.runtimes.auditing import AuditSettings, audit_run
+from pplr.runtimes.audit_settings import AuditSettings
+from pplr.runtimes.auditing import audit_run
 from pplr.runtimes.identity import enroll_client, init_federation, read_server
 from pplr.runtimes.in_process import train
 from pplr.runtimes.stage_server import StageServer

@@ -11,7 +11,8 @@ import pytest
 from pplr.config import Config
 from pplr.progress import Silent
 from pplr.runtimes.assembly import Assembly
-from pplr.runtimes.auditing import AuditSettings, audit_run
+from pplr.runtimes.audit_settings import AuditSettings
+from pplr.runtimes.auditing import audit_run
 from pplr.runtimes.in_process import train
 from pplr.runtimes.run import Run
 from pplr.runtimes.state_counts import guarded_run
@@ -86,7 +87,7 @@ def test_of_a_guarded_run_the_states_of_every_part_of_a_list_are_counted(config,
 
 
 def test_the_audit_reads_lists(run: Run) -> None:
-    told = audit_run(run, AuditSettings(audits=("catalog_matching", "label_gradients"), knowledge=("own",), users=3))
+    told = audit_run(run, AuditSettings(attacks=("catalog_matching", "label_gradients"), knowledge=("own",), users=3))
     (setting,) = told["settings"]
     found = {own["audit"]: own for own in setting["audits"]}
     assert found["catalog_matching"]["token_recovery"]["mean"] > 0.9

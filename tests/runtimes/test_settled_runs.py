@@ -14,7 +14,8 @@ from pplr.errors import ConfigError
 from pplr.privacy.states import gaussian_epsilon
 from pplr.progress import Silent
 from pplr.runtimes.address import StageServerAt
-from pplr.runtimes.auditing import audit_run, make_settings
+from pplr.runtimes.audit_settings import make_settings
+from pplr.runtimes.auditing import audit_run
 from pplr.runtimes.identity import enroll_client, init_federation, read_server
 from pplr.runtimes.in_process import train
 from pplr.runtimes.run import open_run
@@ -125,7 +126,7 @@ def test_what_crosses_again_is_counted_once(tmp_path, config):  # noqa: F811
 
 def test_an_audit_sees_no_more_in_many_passes_than_differ(tmp_path, config):  # noqa: F811
     run = train(config(*BOTH), tmp_path / "run")
-    settings = make_settings(audits=["posterior_matching"], knowledge=["own"], users=4, passes=[2, 12], guards=[])
+    settings = make_settings(attacks=["posterior_matching"], knowledge=["own"], users=4, passes=[2, 12], guards=[])
     told = audit_run(open_run(run.folder), settings)
     first, last = (found["audits"][0]["item_f1"] for found in told["settings"])
     assert first == last

@@ -7,17 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any, Literal, cast, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pplr.backbones.base import Batch
-from pplr.config import CutConfig, RuntimeConfig, StatePrivacyConfig
-from pplr.config_files import load_config
+from pplr.config import CutConfig, StatePrivacyConfig
 from pplr.data.prompts import Sample
-from pplr.errors import ConfigError, RunError, nearest
+from pplr.errors import ConfigError, RunError
 from pplr.privacy.audits import AUDITS, Attacker, Knowledge, make_audit
 from pplr.privacy.observing import Observation, Spy, observe, secret_of
 from pplr.privacy.replica import Replica
@@ -28,104 +27,16 @@ from pplr.progress import Progress, Silent
 from pplr.recommend.evaluation import evaluate
 from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.attacking import Attackers, rounded, saved_adapters
+from pplr.runtimes.audit_settings import AuditSettings
 from pplr.runtimes.run import Run
 from pplr.seeds import derive_seed, generator
 from pplr.stages.cut import CutPlan
 from pplr.stages.model import CutModel
 from pplr.storage import write_json
 
-__all__ = ["AuditSettings", "audit_run", "make_settings"]
+__all__ = ["audit_run"]
 
-_LEVELS = get_args(Knowledge)
-_WIRES = get_args(RuntimeConfig.model_fields["wire"].annotation)
 _AUXILIARY_FOR_SCALE = 16
-
-
-@dataclass(frozen=True)
-class AuditSettings:
-    """What is audited.
-
-    Args:
-        audits: Names of attacks; when empty, all but those that take long.
-        knowledge: What attackers have; every level that an attack can be run at when empty.
-        users: Users whose passes are attacked.
-        cuts: Pairs of k and m; the run's own when empty.
-        noises: Standard deviations of noise on hidden states, as multiples of theirs, over what the run does itself.
-        passes: How often each pass crosses, each time with new noise; attackers look at the mean. With
-            ``settle_rounds`` only those before the input stage settles, and one more, are new.
-        guards: What clients do to what they send; the run's own ``privacy.states`` when empty. With another one a run
-            shows what that would hide, and what it costs a model that was trained without it.
-        wire: How states travel; the run's own way when absent.
-        ranked_users: Users whose rankings are measured where there is noise; all when absent.
-        seed: Of the draws of users, auxiliary text and noise.
-    """
-
-    audits: tuple[str, ...] = ()
-    knowledge: tuple[Knowledge, ...] = ()
-    users: int = 20
-    cuts: tuple[tuple[int, int], ...] = ()
-    noises: tuple[float, ...] = (0.0,)
-    passes: tuple[int, ...] = (1,)
-    guards: tuple[StatePrivacyConfig, ...] = ()
-    wire: Literal["exact", "float32", "bfloat16", "int8"] | None = None
-    ranked_users: int | None = 200
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in self.audits:
-            make_audit(name)
-        if self.users < 2:
-            raise ConfigError(f"{self.users} users are to be audited", cure="Audit at least two, for an interval.")
-        if any(not np.isfinite(noise) or noise < 0 for noise in self.noises):
-            raise ConfigError(f"noise of {self.noises}", cure="Give 0 or more, as a multiple of the states' own size.")
-        if any(passes < 1 for passes in self.passes):
-            raise ConfigError(f"passes of {self.passes}", cure="Let each pass cross at least once.")
-
-
-def make_settings(
-    *,
-    audits: Sequence[str] = (),
-    knowledge: Sequence[str] = (),
-    users: int = 20,
-    cuts: Sequence[tuple[int, int]] = (),
-    noises: Sequence[float] = (0.0,),
-    passes: Sequence[int] = (1,),
-    guards: Sequence[Sequence[str]] = (),
-    wire: str | None = None,
-    seed: int = 0,
-) -> AuditSettings:
-    """Check words that a person gave, and make settings of them.
-
-    A guard is a number of settings of ``privacy.states``, such as ``["clip_norm=36"]``.
-
-    Raises:
-        ConfigError: One of them is unknown.
-    """
-    for word, known, what in (
-        *((own, _LEVELS, "knowledge") for own in knowledge),
-        (wire, (None, *_WIRES), "wire format"),
-    ):
-        if word not in known:
-            raise ConfigError(
-                f"no {what} is called {word!r}", cure=nearest(str(word), [str(own) for own in known if own])
-            )
-    return AuditSettings(
-        audits=tuple(audits),
-        knowledge=tuple(cast(Knowledge, own) for own in knowledge),
-        users=users,
-        cuts=tuple(cuts),
-        noises=tuple(noises),
-        passes=tuple(passes),
-        guards=tuple(_guard_of(told) for told in guards),
-        wire=cast(Any, wire),
-        seed=seed,
-    )
-
-
-def _guard_of(told: Sequence[str]) -> StatePrivacyConfig:
-    """Read settings of ``privacy.states``, whatever backbone they are for."""
-    overrides = ["backbone.name=item_vectors", *(f"privacy.states.{own}" for own in told)]
-    return load_config(overrides=overrides).privacy.states
 
 
 def audit_run(run: Run, settings: AuditSettings | None = None, progress: Progress | None = None) -> dict[str, Any]:
@@ -270,13 +181,13 @@ class _Work:
     def _attacks(self) -> list[tuple[str, Knowledge]]:
         wanted = self.settings.knowledge
         found: list[tuple[str, Knowledge]] = []
-        for name in self.settings.audits or [name for name, own in AUDITS.items() if own.by_default]:
+        for name in self.settings.attacks or [name for name, own in AUDITS.items() if own.by_default]:
             found += [(name, level) for level in AUDITS[name].knows if not wanted or level in wanted]
         alone = len(self.adapters) < 2 or self.assembly.method.pooled
         whole = not self.attackers.keeps_some_at_home
         needless = {"mixed"} if alone else set()
         needless |= {"exchanged"} if whole else set()
-        needless |= {"catalog"} if whole and "catalog" not in wanted and not self.settings.audits else set()
+        needless |= {"catalog"} if whole and "catalog" not in wanted and not self.settings.attacks else set()
         return [own for own in found if own[1] not in needless]
 
     def _apart(self, guard: StatePrivacyConfig, passes: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from pplr.config import Config
 from pplr.config_files import load_config
@@ -26,6 +26,7 @@ from pplr.runtimes.recommending import (
 if TYPE_CHECKING:
     from pplr.recommend.evaluation import Evaluation
     from pplr.runtimes.assembly import Assembly
+    from pplr.runtimes.audit_settings import AuditWords
 
 __all__ = ["OWN", "SECRETS", "Recommendation", "Run", "UserList", "open_run"]
 
@@ -189,33 +190,13 @@ class Run:
         """
         return recommend_all(self, client, count, progress or Silent())
 
-    def audit(
-        self,
-        *,
-        attacks: Sequence[str] = (),
-        knowledge: Sequence[str] = (),
-        users: int = 20,
-        cuts: Sequence[tuple[int, int]] = (),
-        noises: Sequence[float] = (0.0,),
-        passes: Sequence[int] = (1,),
-        guards: Sequence[Sequence[str]] = (),
-        wire: str | None = None,
-        seed: int = 0,
-        progress: Progress | None = None,
-    ) -> dict[str, Any]:
+    def audit(self, progress: Progress | None = None, **words: Unpack[AuditWords]) -> dict[str, Any]:
         """Attack what the server of this run sees, and write ``audit.json``.
 
         Args:
-            attacks: Names of attacks; when empty, all but those that take long.
-            knowledge: What attackers have; every level that an attack can be run at when empty.
-            users: Users whose passes are attacked.
-            cuts: Pairs of k and m; the run's own when empty.
-            noises: Standard deviations of noise on hidden states, as multiples of the states' own size.
-            passes: How often each pass crosses with new noise; attackers look at the mean.
-            guards: Settings of ``privacy.states``, each a number of ``field=value``; the run's own when empty.
-            wire: How states travel; the run's own way when absent.
-            seed: Of the draws of users, public text and noise.
             progress: Told of every step.
+            words: What is audited, and by whom: ``attacks``, ``knowledge``, ``users``, ``cuts``, ``noises``,
+                ``passes``, ``guards``, ``wire``, ``seed``; see :class:`~pplr.runtimes.audit_settings.AuditWords`.
 
         Returns:
             The content of ``audit.json``; its ``verdict`` says in one sentence what the server can read.
@@ -224,20 +205,10 @@ class Run:
             ConfigError: One of the words is unknown, or the run is not cut and no cut is given.
             RunError: The run is not finished.
         """
-        from pplr.runtimes.auditing import audit_run, make_settings
+        from pplr.runtimes.audit_settings import make_settings
+        from pplr.runtimes.auditing import audit_run
 
-        settings = make_settings(
-            audits=attacks,
-            knowledge=knowledge,
-            users=users,
-            cuts=cuts,
-            noises=noises,
-            passes=passes,
-            guards=guards,
-            wire=wire,
-            seed=seed,
-        )
-        return audit_run(self, settings, progress)
+        return audit_run(self, make_settings(**words), progress)
 
     def evaluate(self, progress: Progress | None = None) -> dict[str, Any]:
         """Measure the saved adapters again, on the run's test cases, and write ``metrics.json``."""
