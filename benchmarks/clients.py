@@ -11,8 +11,9 @@ import gc
 import psutil
 
 from benchmarks.measuring import backbone_of, quickstart, real_batch, use_all_cores, write_result
+from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
-from pplr.stages.model import ClientModel, CutModel
+from pplr.stages.model import CutModel
 
 
 def _resident() -> int:

@@ -22,8 +22,9 @@ from pplr.config import Config
 from pplr.config_files import load_config
 from pplr.recommend.generative import embed_texts
 from pplr.runtimes.assembly import load_run_data
+from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
-from pplr.stages.model import ClientModel, CutModel
+from pplr.stages.model import CutModel
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = tuple(

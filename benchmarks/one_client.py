@@ -22,8 +22,9 @@ from pplr.config import Config
 from pplr.config_files import load_config
 from pplr.runtimes.connections import Connections
 from pplr.runtimes.memory import hand_back_large_blocks, peak_rss_bytes
+from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
-from pplr.stages.model import ClientModel, CutModel
+from pplr.stages.model import CutModel
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart_causal_lm.yaml"
 

@@ -27,9 +27,9 @@ from pplr.backbones.base import Batch, load_backbone
 from pplr.runtimes.identity import read_kit
 from pplr.runtimes.stage_channel import StageChannel
 from pplr.runtimes.stage_operator import StageOperator
+from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
 from pplr.stages.host import Asked, StageHost
-from pplr.stages.model import ClientModel
 from pplr.stages.stage import StageCall
 from pplr.testing import random_adapter
 

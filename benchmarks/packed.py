@@ -21,8 +21,9 @@ from pplr.backbones.batching import bucketed_batches
 from pplr.config import Config
 from pplr.runtimes.assembly import load_run_data
 from pplr.seeds import generator
+from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
-from pplr.stages.model import ClientModel, CutModel
+from pplr.stages.model import CutModel
 
 WAYS = {
     "one target for each prompt": ("data.history_items=10",),

@@ -31,8 +31,9 @@ from pplr.backbones.base import Batch
 from pplr.backbones.batching import bucketed_batches
 from pplr.backbones.causal_lm import CausalLM
 from pplr.config import Config, CutConfig
+from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
-from pplr.stages.model import ClientModel, CutModel
+from pplr.stages.model import CutModel
 
 CUTS = {"uncut": None, "cut": CutConfig(input_layers=2, output_layers=1)}
 WAYS = ("padded", "one row")

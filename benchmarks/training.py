@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from benchmarks.measuring import causal_lm_of, quickstart, real_batch, spread, use_all_cores, write_result
 from benchmarks.reference.usual_loop import PaddedSamples, collate_padded, usual_model
 from pplr.config import CutConfig
+from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
-from pplr.stages.model import ClientModel, CutModel
+from pplr.stages.model import CutModel
 
 
 class _TakeTurns(TrainerCallback):

@@ -27,9 +27,10 @@ from pplr.runtimes import codec
 from pplr.runtimes.assembly import load_run_data
 from pplr.runtimes.codec import Limits, Wire
 from pplr.seeds import derive_seed
+from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
 from pplr.stages.host import StageHost
-from pplr.stages.model import ClientModel, CutModel
+from pplr.stages.model import CutModel
 from pplr.stages.stage import StageCall
 from pplr.stages.transport import LocalTransport
 

@@ -15,8 +15,9 @@ from pplr.backbones.causal_lm import CausalLM
 from pplr.config import AdapterConfig, BackboneConfig, PromptConfig, TrainingConfig
 from pplr.data.prompts import Sample
 from pplr.errors import DataError
+from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
-from pplr.stages.model import ClientModel, CutModel
+from pplr.stages.model import CutModel
 from pplr.testing import random_adapter, refuses, tiny_backbone, tiny_catalog, tiny_samples
 from pplr.testing.contracts import BackboneContract
 

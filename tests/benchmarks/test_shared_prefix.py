@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import shared_prefix
-from pplr.stages.model import ClientModel
+from pplr.stages.client_model import ClientModel
 
 
 @pytest.fixture(autouse=True)

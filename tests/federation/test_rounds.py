@@ -17,7 +17,7 @@ from pplr.federation.client import Best, FederatedClient
 from pplr.federation.rounds import restore_checkpoint
 from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.in_process import train
-from pplr.stages.model import ClientModel
+from pplr.stages.client_model import ClientModel
 
 
 def scripted(*scores):

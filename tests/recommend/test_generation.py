@@ -16,8 +16,9 @@ from pplr.backbones.causal_lm import CausalLM
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.recommend.generation import generate
 from pplr.recommend.trie import TitleTrie, TrieConstraint
+from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
-from pplr.stages.model import ClientModel, CutModel
+from pplr.stages.model import CutModel
 from pplr.testing import every_cut, peft_model, random_adapter, tiny_backbone
 
 FAMILIES: dict[str, dict[str, Any]] = {

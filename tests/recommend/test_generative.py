@@ -16,8 +16,9 @@ from pplr.errors import ConfigError, StorageError
 from pplr.recommend import generative
 from pplr.recommend.generative import GenerativeRanker, TitleSpace, embed_texts
 from pplr.recommend.trie import TitleTrie
+from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
-from pplr.stages.model import ClientModel, CutModel
+from pplr.stages.model import CutModel
 from pplr.storage import cache_dir
 from pplr.testing import peft_model, random_adapter, refuses, tiny_catalog, tiny_decoder, tiny_tokenizer
 

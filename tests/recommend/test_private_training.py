@@ -14,8 +14,9 @@ from pplr.config import AdapterConfig, PromptConfig, TrainingConfig, UserPrivacy
 from pplr.errors import FederationError
 from pplr.privacy.coins import SecretCoins
 from pplr.recommend.private_training import by_user, private_steps, train_privately
+from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
-from pplr.stages.model import ClientModel, CutModel
+from pplr.stages.model import CutModel
 from pplr.stages.optimizer import LocalObjective
 from pplr.testing import (
     peft_model,

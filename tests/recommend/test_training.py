@@ -14,8 +14,9 @@ from pplr.config import AdapterConfig, PromptConfig, TrainingConfig
 from pplr.data.prompts import Sample
 from pplr.errors import FederationError
 from pplr.recommend.training import LocalResult, evaluation_loss, steps_per_round, train_locally
+from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
-from pplr.stages.model import ClientModel, CutModel
+from pplr.stages.model import CutModel
 from pplr.stages.optimizer import LocalObjective
 from pplr.testing import (
     peft_model,

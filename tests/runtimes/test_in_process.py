@@ -20,7 +20,7 @@ from pplr.data.prompts import Sample
 from pplr.errors import CutError, PartitionError, RunError, StorageError
 from pplr.runtimes.in_process import train
 from pplr.runtimes.run import open_run
-from pplr.stages.model import ClientModel
+from pplr.stages.client_model import ClientModel
 from pplr.testing import tiny_decoder
 
 WHOLE = ("run.keep_rounds=true", "evaluation.before=true")

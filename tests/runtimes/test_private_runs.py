@@ -175,7 +175,7 @@ def test_a_round_that_is_done_again_from_elsewhere_is_paid_again(tmp_path, confi
         patch.setattr("pplr.federation.rounds.decide", stop)  # the second round is trained, and goes nowhere
         with pytest.raises(KeyboardInterrupt):
             train(config, tmp_path / "run", resume=True, backbone=backbone)
-    monkeypatch.setattr("pplr.stages.model.ClientModel.restore_optimizer", lambda *_: None)
+    monkeypatch.setattr("pplr.stages.client_model.ClientModel.restore_optimizer", lambda *_: None)
     run = train(config, tmp_path / "run", resume=True, backbone=backbone)
     after = booked(run.folder)
     assert after[: len(before)] == before

@@ -109,7 +109,7 @@ def test_so_it_does_with_other_settings(tmp_path, small_config, backbone, finish
 
 def test_the_optimizer_really_goes_on(stopped, config, expected, backbone, monkeypatch):
     """Were its moments forgotten, the bytes would differ: so their equality elsewhere says something."""
-    monkeypatch.setattr("pplr.stages.model.ClientModel.restore_optimizer", lambda *_: None)
+    monkeypatch.setattr("pplr.stages.client_model.ClientModel.restore_optimizer", lambda *_: None)
     train(config, stopped, resume=True, backbone=backbone)
     assert outcome(stopped)["bytes"] != expected["bytes"]
 

@@ -17,8 +17,9 @@ from pplr.runtimes.identity import enroll_client, init_federation, read_kit, rea
 from pplr.runtimes.stage_channel import StageChannel
 from pplr.runtimes.stage_client import GrpcTransport
 from pplr.runtimes.stage_server import ServerLimits, StageServer
+from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
-from pplr.stages.model import ClientModel, CutModel
+from pplr.stages.model import CutModel
 from pplr.stages.stage import StageCall
 from pplr.testing import random_adapter, refuses, same_state, tiny_backbone, tiny_catalog, tiny_samples
 

@@ -23,9 +23,10 @@ from pplr.runtimes.meetings import Guest, Meetings
 from pplr.runtimes.stage_channel import StageChannel
 from pplr.runtimes.stage_client import GrpcTransport
 from pplr.runtimes.stage_server import ServerLimits, StageServer
+from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
 from pplr.stages.host import StageHost
-from pplr.stages.model import ClientModel, CutModel
+from pplr.stages.model import CutModel
 from pplr.testing import random_adapter, same_state, tiny_backbone, tiny_catalog, tiny_samples
 
 NAMES = ("one", "two", "three")
@@ -50,8 +51,8 @@ def serve(federation: Path) -> Iterator[Callable[..., StageServer]]:
         def start(together: int = 3, patience_s: float = 20.0) -> StageServer:
             limits = ServerLimits(together=together)
             server = StageServer(tiny_backbone(), read_server(federation / "ca"), "localhost:0", limits)
-            server._meetings.patience_s = patience_s
-            server._meetings.took = lambda _: None  # type: ignore[method-assign]  # so that tests meet for sure
+            server._batcher.meetings.patience_s = patience_s
+            server._batcher.meetings.took = lambda _: None  # type: ignore[method-assign]  # so that tests meet for sure
             server.start()
             stack.callback(server.stop, 0.0)
             return server
@@ -234,7 +235,7 @@ def test_one_that_never_comes_is_waited_for_once(federation, serve, sizes) -> No
     for step in (1, 2):
         at_once([lambda i=i: exchange(transports[i], "Forward", drawn(1, 4), step=step) for i in (0, 1)])  # noqa: B023
     assert sizes == [("forward", 2)] * 2
-    assert server._meetings._absent == {"three"}
+    assert server._batcher.meetings._absent == {"three"}
 
 
 def test_a_repeated_request_gets_the_same_reply(federation, serve, sizes) -> None:

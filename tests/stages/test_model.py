@@ -17,8 +17,9 @@ from pplr.backbones.base import Batch
 from pplr.backbones.causal_lm import CausalLM
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import AdapterError, CheckpointError
+from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
-from pplr.stages.model import ClientModel, CutModel
+from pplr.stages.model import CutModel
 from pplr.stages.optimizer import LocalObjective
 from pplr.testing import every_cut, peft_model, random_adapter, refuses, tiny_backbone
 

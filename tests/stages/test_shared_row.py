@@ -16,9 +16,10 @@ from pplr.data.prompts import Sample
 from pplr.errors import BackboneError, ConfigError
 from pplr.privacy.states import StateGuard
 from pplr.recommend.training import train_locally
+from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
 from pplr.stages.host import Asked, StageHost
-from pplr.stages.model import ClientModel, CutModel
+from pplr.stages.model import CutModel
 from pplr.stages.stage import StageCall
 from pplr.testing import (
     every_cut,

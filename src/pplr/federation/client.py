@@ -15,7 +15,7 @@ from pplr.errors import FederationError
 from pplr.federation.methods import Method
 from pplr.recommend.private_training import Coins, by_user, private_steps, train_privately
 from pplr.recommend.training import LocalResult, train_locally
-from pplr.stages.model import ClientModel
+from pplr.stages.client_model import ClientModel
 from pplr.stages.transport import Traffic
 
 __all__ = ["Best", "Books", "FederatedClient", "Validate"]

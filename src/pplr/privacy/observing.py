@@ -17,7 +17,8 @@ from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample, shown_title
 from pplr.errors import ConfigError
 from pplr.stages.boundary import Guard
-from pplr.stages.model import ClientModel, CutModel
+from pplr.stages.client_model import ClientModel
+from pplr.stages.model import CutModel
 from pplr.stages.stage import StageCall
 from pplr.stages.transport import Transport
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pplr.backbones.causal_lm import CausalLM
 from pplr.backbones.shared_row import common_prefix
-from pplr.stages.model import ClientModel, GenerationCache
+from pplr.stages.client_model import ClientModel, GenerationCache
 from pplr.stages.stage import StageCall
 
 __all__ = ["Beams", "PackedBeams", "RowBeams", "beams_of", "padded_left"]

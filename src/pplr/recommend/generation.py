@@ -12,7 +12,7 @@ from transformers import LogitsProcessor
 from pplr.backbones.causal_lm import CausalLM
 from pplr.recommend.beam_search import search
 from pplr.recommend.decoding import beams_of, padded_left
-from pplr.stages.model import ClientModel
+from pplr.stages.client_model import ClientModel
 
 __all__ = ["Generated", "generate"]
 

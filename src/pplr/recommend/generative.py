@@ -21,7 +21,7 @@ from pplr.errors import ConfigError, StorageError
 from pplr.recommend.generation import generate
 from pplr.recommend.grounding import l2_scores, trie_scores
 from pplr.recommend.trie import TitleTrie, TrieConstraint, generated_titles
-from pplr.stages.model import ClientModel
+from pplr.stages.client_model import ClientModel
 from pplr.storage import cache_dir, sha256_bytes, sha256_file, write_atomic
 
 __all__ = ["GenerativeRanker", "TitleSpace", "embed_texts", "read_texts"]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pplr.backbones.base import MatchingBackbone
 from pplr.data.prompts import Case
-from pplr.stages.model import ClientModel
+from pplr.stages.client_model import ClientModel
 
 __all__ = ["MatchingRanker"]
 

@@ -16,7 +16,7 @@ from pplr.backbones.adapters import AdapterState
 from pplr.config import TrainingConfig, UserPrivacyConfig
 from pplr.errors import FederationError
 from pplr.recommend.training import LocalResult
-from pplr.stages.model import ClientModel
+from pplr.stages.client_model import ClientModel
 from pplr.stages.optimizer import LocalObjective
 
 __all__ = ["Coins", "by_user", "private_steps", "train_privately"]

@@ -13,7 +13,7 @@ from pplr.backbones.batching import bucketed_batches
 from pplr.config import TrainingConfig
 from pplr.errors import FederationError
 from pplr.seeds import derive_seed
-from pplr.stages.model import ClientModel
+from pplr.stages.client_model import ClientModel
 from pplr.stages.optimizer import LocalObjective
 
 __all__ = ["LocalResult", "evaluation_loss", "steps_per_round", "train_locally"]

@@ -46,8 +46,9 @@ from pplr.recommend.metrics import ranking_metrics
 from pplr.recommend.training import evaluation_loss
 from pplr.runtimes.address import StageServerAt
 from pplr.seeds import derive_seed
+from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
-from pplr.stages.model import ClientModel, CutModel
+from pplr.stages.model import CutModel
 from pplr.storage import sha256_bytes
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from pplr.runtimes.recommending import (
     reading,
     saved_adapter,
 )
-from pplr.stages.model import ClientModel
+from pplr.stages.client_model import ClientModel
 
 if TYPE_CHECKING:
     from pplr.runtimes.run import Run

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pplr.backbones.adapters import AdapterState
     from pplr.runtimes.assembly import Assembly
     from pplr.runtimes.run import Run
-    from pplr.stages.model import ClientModel
+    from pplr.stages.client_model import ClientModel
 
 __all__ = [
     "Recommendation",

@@ -6,24 +6,22 @@ A method that refuses leaves the tenancy as it was. All run one at a time, whose
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
 from google.protobuf.message import Message
 from torch import Tensor
 
-from pplr.backbones.shared_row import SharedRow
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import LimitError, TransportError, WireError
 from pplr.runtimes import codec
 from pplr.runtimes import stage_pb2 as pb
-from pplr.runtimes.codec import Limits, Wire
+from pplr.runtimes.codec import Wire
+from pplr.runtimes.stage_passes import TrainingPasses, check_tokens
 from pplr.runtimes.stage_state import Owner
 from pplr.runtimes.stage_tenancies import CacheState, Session, Settings, Tenancies, check_optimizer
 from pplr.stages.cut import CutPlan
-from pplr.stages.host import Asked
 from pplr.stages.optimizer import LocalObjective
 from pplr.stages.stage import StageCall
 
@@ -40,19 +38,16 @@ class SessionCalls:
 
     Args:
         tenancies: Of all clients.
+        passes: Reads, computes and writes training passes.
         wires: Forms in which states may travel.
     """
 
-    def __init__(self, tenancies: Tenancies, wires: tuple[Wire, ...]) -> None:
-        self._tenancies, self._wires = tenancies, wires
+    def __init__(self, tenancies: Tenancies, passes: TrainingPasses, wires: tuple[Wire, ...]) -> None:
+        self._tenancies, self._passes, self._wires = tenancies, passes, wires
         self._limits, self._backbone = tenancies.limits, tenancies.backbone
-        self._states = Limits(
-            width=self._backbone.hidden_size, max_rows=self._limits.max_rows, max_tokens=self._limits.max_tokens,
-            max_message_bytes=self._limits.max_message_bytes,
-        )  # fmt: skip
         self.answers: Answers = {
-            "Forward": (pb.ForwardRequest, self._forward),
-            "Backward": (pb.BackwardRequest, self._backward),
+            "Forward": (pb.ForwardRequest, passes.forward),
+            "Backward": (pb.BackwardRequest, passes.backward),
             "Discard": (pb.SimpleRequest, self._discard),
             "BeginRound": (pb.BeginRoundRequest, self._begin_round),
             "GradientNorm": (pb.NormRequest, self._gradient_norm),
@@ -118,145 +113,6 @@ class SessionCalls:
 
     # -- training ---------------------------------------------------------------------------------------------
 
-    def _states_in(self, session: Session, message: Any) -> tuple[Tensor, Tensor]:
-        if message.wire != session.wire.number:
-            _refuse(
-                f"states in form number {message.wire}, this session's are {session.wire.value}",
-                "Send them as it was agreed at hello.",
-            )
-        return codec.decode_states(message, self._states, dtype=self._backbone.dtype, device=self._backbone.device)
-
-    def _sequences_in(self, session: Session, message: Any) -> tuple[Tensor, Tensor]:
-        if message.padded_left:
-            _refuse("whole sequences that are padded on the left", "Pad on the right.")
-        return self._states_in(session, message)
-
-    def _forward(self, session: Session, request: Any) -> Any:
-        asked, lengths = self._forward_in(session, request)
-        left = session.host.forward(
-            session.name, asked.hidden_states, asked.call, keep_as=asked.step if request.keep else None
-        )
-        return self._forward_out(session, request, left, lengths)
-
-    def _forward_in(self, session: Session, request: Any) -> tuple[Asked, Tensor]:
-        states, lengths = self._sequences_in(session, request.states)
-        row = codec.row_of(request.states)
-        if row is not None and not session.host.stage.takes_rows:
-            _refuse("sequences in one row, which this model's blocks do not keep apart", "Send them padded.")
-        tokens = states.shape[0] * states.shape[1] if row is None else row.padded
-        if request.keep:
-            if len(session.kept) >= self._limits.max_kept:
-                raise LimitError(
-                    "too many forward passes wait for a backward pass", cure="Send their gradients, or discard them."
-                )
-            others = self._tenancies.of(session.owner.client)
-            waiting = sum(other.kept_tokens for other in others)
-            _check_tokens(waiting + tokens, self._limits.max_kept_tokens, "wait for a backward pass")
-        call = StageCall(
-            dropout_seed=request.dropout_seed if request.has_dropout_seed else None,
-            adapter=request.adapter,
-            lengths=lengths,
-            row=row,
-        )
-        return Asked(session.name, request.step, states, call), lengths
-
-    def _forward_out(self, session: Session, request: Any, left: Tensor, lengths: Tensor) -> Any:
-        try:
-            row = codec.row_of(request.states)
-            reply = pb.StatesReply(states=codec.encode_states(left, lengths, session.wire, row=row))
-        except WireError:
-            if request.keep:
-                session.host.forget(session.name, request.step)
-            raise
-        if request.keep:
-            session.kept[request.step] = _layout(request.states)
-        return reply
-
-    def _backward(self, session: Session, request: Any) -> Any:
-        asked, lengths = self._backward_in(session, request)
-        try:
-            left = session.host.backward(session.name, asked.step, asked.hidden_states)
-        except (WireError, RuntimeError):  # what it left behind is no gradient
-            session.let_go()
-            raise
-        return self._backward_out(session, request, left, lengths)
-
-    def _backward_in(self, session: Session, request: Any) -> tuple[Asked, Tensor]:
-        gradient, lengths = self._sequences_in(session, request.states)
-        sent = session.kept.get(request.step)
-        if sent is not None and sent != _layout(request.states):
-            _refuse(f"a gradient whose lengths are not those of step {request.step}", "Send the gradient of that step.")
-        return Asked(session.name, request.step, gradient), lengths
-
-    def _backward_out(self, session: Session, request: Any, left: Tensor, lengths: Tensor) -> Any:
-        try:
-            row = codec.row_of(request.states)
-            reply = pb.StatesReply(states=codec.encode_states(left, lengths, session.wire, row=row))
-        except (WireError, RuntimeError):  # what it left behind is no gradient
-            session.let_go()
-            raise
-        session.kept.pop(request.step, None)
-        return reply
-
-    # -- several clients in one pass --------------------------------------------------------------------------
-
-    def meeting(self, name: str, session: Session, request: Any) -> tuple[Hashable, frozenset[str]] | None:
-        """Say with which other calls a call can be computed, by a key, and whose are expected.
-
-        Needs no turn. ``None`` for a call that is computed by itself.
-        """
-        try:
-            if name == "Forward" and request.keep and request.adapter and session.host.takes_several:
-                others = [own for own in self._tenancies.all() if own.host is session.host and own.in_round]
-                return (name, session.host), frozenset(own.owner.client for own in others)
-            if name == "Backward" and (joint := session.host.joint_pass(session.name, request.step)) is not None:
-                names = session.host.awaited(joint)
-                return (name, joint), frozenset(own.owner.client for own in self._tenancies.all() if own.name in names)
-        except TransportError:  # the tenancy is gone, which its own turn will tell
-            pass
-        return None
-
-    def together(self, name: str, calls: Sequence[tuple[Session, Any]]) -> list[Any]:
-        """Carry out calls of one :meth:`meeting` as one pass.
-
-        Returns:
-            Of each call its reply, or what was raised. Whoever fails, fails alone.
-        """
-        found: list[Any] = [None] * len(calls)
-        ready: list[tuple[int, Asked, Tensor]] = []
-        for number, (session, request) in enumerate(calls):
-            try:
-                ready.append((number, *self._read(name, session, request)))
-            except Exception as error:
-                found[number] = error
-        passed = [asked for _, asked, _ in ready]
-        left: Sequence[Tensor | None] = [None] * len(ready)
-        if len(ready) > 1:
-            host = calls[0][0].host
-            with suppress(RuntimeError, TransportError):  # as when memory is short; then each by itself
-                left = host.forward_together(passed) if name == "Forward" else host.backward_together(passed)
-        write = self._forward_out if name == "Forward" else self._backward_out
-        for (number, _, lengths), states in zip(ready, left, strict=True):
-            session, request = calls[number]
-            try:
-                if states is None:
-                    found[number] = self.answers[name][1](session, request)
-                else:
-                    found[number] = write(session, request, states, lengths)
-            except Exception as error:
-                found[number] = error
-        return found
-
-    def _read(self, name: str, session: Session, request: Any) -> tuple[Asked, Tensor]:
-        """Read what is to be computed with others, and refuse what would not be by itself."""
-        if name == "Forward":
-            asked, lengths = self._forward_in(session, request)
-            session.host.check_step(asked.client, asked.step)
-        else:
-            asked, lengths = self._backward_in(session, request)
-            session.host.check_gradient(asked.client, asked.step, asked.hidden_states)
-        return asked, lengths
-
     def _discard(self, session: Session, request: Any) -> Any:
         session.let_go()
         return pb.Done()
@@ -298,7 +154,7 @@ class SessionCalls:
     def _decode(self, session: Session, request: Any) -> Any:
         if request.states.HasField("prefix"):
             _refuse("new tokens of a cache in one row", "Send them padded on the left.")
-        states, new = self._states_in(session, request.states)
+        states, new = self._passes.states_in(session, request.states)
         cache = session.caches.get(request.cache)
         if cache is None:
             _refuse(f"no open cache {request.cache}", "Open one, and do not use it after closing.")
@@ -333,7 +189,7 @@ class SessionCalls:
             for own in other.caches.values()
             if own is not cache
         )
-        _check_tokens(open_tokens + request.total_tokens * len(held), self._limits.max_cache_tokens, "are in caches")
+        check_tokens(open_tokens + request.total_tokens * len(held), self._limits.max_cache_tokens, "are in caches")
         call = self._decode_call(request, total, tokens)
         try:
             if request.rows:
@@ -485,11 +341,6 @@ class OperatorCalls:
         return pb.TextReply(text=self._text())
 
 
-def _layout(message: Any) -> tuple[int, ...] | SharedRow:
-    """Tell what a gradient has to be like: the lengths of rows, or how sequences stand in one."""
-    return codec.row_of(message) or tuple(message.lengths)
-
-
 def _write_adapter(session: Session, message: Any, max_bytes: int) -> None:
     """Read some or all tensors of a middle adapter and copy them in, or none of them."""
     given = {tensor.name for tensor in message.tensors}
@@ -501,14 +352,6 @@ def _write_adapter(session: Session, message: Any, max_bytes: int) -> None:
         message, expected, whose=f"{session.name}'s middle adapter", max_bytes=max_bytes, max_norm=None
     )
     session.host.set_adapter(session.name, tensors)
-
-
-def _check_tokens(tokens: int, most: int, what: str) -> None:
-    if tokens > most:
-        raise LimitError(
-            f"{tokens} tokens that {what}, at most {most} are granted to a client",
-            cure="Use smaller batches (training.micro_batch_size, evaluation.batch_size, evaluation.beams).",
-        )
 
 
 def _refuse(what: str, cure: str) -> NoReturn:

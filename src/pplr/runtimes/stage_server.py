@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,11 +39,12 @@ from pplr.runtimes import stage_pb2 as pb
 from pplr.runtimes.codec import Wire
 from pplr.runtimes.framing import PROTOCOL, REFUSED, SERVICE, frames, joined, parsed
 from pplr.runtimes.identity import Identity, ServerIdentity, identity_of
-from pplr.runtimes.meetings import Guest, Meetings
+from pplr.runtimes.stage_batching import DynamicBatcher
 from pplr.runtimes.stage_calls import OperatorCalls, SessionCalls
 from pplr.runtimes.stage_metrics import StageMetrics
+from pplr.runtimes.stage_passes import TrainingPasses
 from pplr.runtimes.stage_state import StateStore
-from pplr.runtimes.stage_tenancies import ServerLimits, Session, Tenancies
+from pplr.runtimes.stage_tenancies import ServerLimits, Tenancies
 from pplr.runtimes.turns import Turns
 
 __all__ = ["ServerLimits", "StageServer"]
@@ -71,19 +72,6 @@ class _RefusedError(Exception):
     def __init__(self, code: grpc.StatusCode, message: str) -> None:
         super().__init__(message)
         self.code = code
-
-
-def _replaced() -> UnknownSessionError:
-    return UnknownSessionError("a newer session took the place of this one", cure="Say hello again.")
-
-
-@contextmanager
-def _fitting() -> Iterator[None]:
-    """Say in words what torch says of shapes that do not meet."""
-    try:
-        yield
-    except (RuntimeError, IndexError, ValueError) as error:
-        raise WireError("the request does not fit what is kept for you", cure="Begin the step anew.") from error
 
 
 class StageServer:
@@ -118,10 +106,11 @@ class StageServer:
         store = None if state is None else StateStore(state, _LOG.warning)
         self.tenancies = Tenancies(backbone, backbone.fingerprint(), self.limits, store)
         self._identity = identity
-        self._session_calls = SessionCalls(self.tenancies, wires)
+        passes = TrainingPasses(self.tenancies)
+        self._session_calls = SessionCalls(self.tenancies, passes, wires)
         self._operator_calls = OperatorCalls(self.tenancies, time.monotonic, self.metrics.text)
         self._turns = Turns()
-        self._meetings = Meetings(self.limits.together, self.limits.max_together_tokens)
+        self._batcher = DynamicBatcher(passes, self.tenancies, self._turns, self.metrics)
         self._calls: Counter[str] = Counter()
         self._registry = threading.Lock()
         self._draining = threading.Event()
@@ -354,61 +343,7 @@ class StageServer:
                 )
             if name == "BeginRound":
                 self._refuse_while_draining()
-            if self.limits.together > 1 and (found := self._session_calls.meeting(name, session, request)) is not None:
-                tokens = request.states.rows * (request.states.prefix + request.states.tokens)
-                guest = Guest(session.owner.client, tokens, (session, request, told))
-                return self._meet(name, guest, *found)
-            return self._carry_out(handler, session, request, told)
-
-    def _carry_out(self, handler: Callable[..., Any], session: Session, request: Any, told: tuple[str, bytes]) -> bytes:
-        name, started = told[0], time.monotonic()
-        with self._turns.of(session.owner.client):
-            self.metrics.waited(name, time.monotonic() - started)
-            if not self.tenancies.is_current(session):  # a newer session took its place while this one waited
-                raise _replaced()
-            session.used = time.monotonic()
-            with _fitting():
-                reply: bytes = handler(session, request).SerializeToString()
-            session.used = time.monotonic()
-            self.tenancies.count(session, told, reply)
-            return reply
-
-    def _meet(self, name: str, guest: Guest, key: Hashable, expected: frozenset[str]) -> bytes:
-        """Wait for others to be computed with, and for the turn of any of them: whose comes first computes for all."""
-        started = time.monotonic()
-        meeting = self._meetings.attend(key, guest, expected)
-        with self._turns.of(guest.client, guest.ticket) as is_mine:
-            if is_mine and not guest.is_served:
-                guests = self._meetings.close(key, meeting, guest)
-                began = time.monotonic()
-                self.metrics.waited(name, began - started)
-                self.metrics.together(len(guests))
-                self._carry_out_together(name, guests)
-                self._meetings.took(time.monotonic() - began)
-                for other in guests:
-                    if other is not guest:
-                        self._turns.call_off(other.client, other.ticket)
-        return guest.result()
-
-    def _carry_out_together(self, name: str, guests: Sequence[Guest]) -> None:
-        """Carry out the calls of several sessions; each is answered, refused and counted by itself."""
-        current = [own for own in guests if self.tenancies.is_current(own.work[0])]
-        for own in guests:
-            if own not in current:
-                own.refuse(_replaced())
-        replies = self._session_calls.together(name, [own.work[:2] for own in current]) if current else []
-        for own, reply in zip(current, replies, strict=True):
-            session, _, told = own.work
-            session.used = time.monotonic()
-            try:
-                with _fitting():
-                    if isinstance(reply, Exception):
-                        raise reply
-                    content = bytes(reply.SerializeToString())
-                self.tenancies.count(session, told, content)
-                own.serve(content)
-            except Exception as error:
-                own.refuse(error)
+            return self._batcher.carry_out(handler, session, request, told)
 
     def _hello(self, client: str, request: Any) -> bytes:
         if request.version != PROTOCOL:

@@ -16,9 +16,10 @@ from pplr.backbones.adapters import AdapterState, load_adapter
 from pplr.backbones.base import BACKBONES, Backbone, Batch
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import PplrError, TransportError
+from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
 from pplr.stages.host import StageHost
-from pplr.stages.model import ClientModel, CutModel
+from pplr.stages.model import CutModel
 from pplr.stages.stage import StageCall
 from pplr.stages.transport import Traffic, Transport
 from pplr.testing.tiny import every_cut, random_adapter, tiny_backbone, tiny_catalog, tiny_samples

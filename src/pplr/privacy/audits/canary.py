@@ -16,7 +16,7 @@ from pplr.data.prompts import Sample
 from pplr.federation.client import FederatedClient
 from pplr.federation.methods import Method
 from pplr.recommend.training import evaluation_loss
-from pplr.stages.model import ClientModel
+from pplr.stages.client_model import ClientModel
 
 __all__ = ["CanaryAudit", "audit_client", "audit_scores", "draw_canaries", "epsilon_lower_bound"]
 

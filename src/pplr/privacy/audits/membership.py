@@ -16,7 +16,7 @@ from pplr.errors import ConfigError
 from pplr.recommend.evaluation import Ranker
 from pplr.recommend.metrics import batch_ranks
 from pplr.recommend.training import evaluation_loss
-from pplr.stages.model import ClientModel
+from pplr.stages.client_model import ClientModel
 
 __all__ = ["LEAST_PAIRS", "likelihood_ratios", "list_gains", "unit_losses"]
 

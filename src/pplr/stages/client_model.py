@@ -1,0 +1,447 @@
+"""The model as one client sees it: its own two stages with its adapter, and between them a way to the middle one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from pplr.backbones.adapters import AdapterState, adapter_sha256, natural_order
+from pplr.backbones.base import Batch
+from pplr.config import TrainingConfig
+from pplr.errors import CheckpointError, ConfigError, TransportError
+from pplr.stages.boundary import Crossing, Guard
+from pplr.stages.optimizer import LocalObjective, StageOptimizer
+from pplr.stages.pipeline import Ends, MicroBatch, train_overlapped
+from pplr.stages.stage import Member, Stage, StageCall
+from pplr.stages.transport import LocalTransport, TakingTransport, Traffic, Transport
+
+__all__ = ["ClientModel", "GenerationCache"]
+
+
+@dataclass
+class GenerationCache:
+    """Keys and values of one generation, in every stage.
+
+    Args:
+        input: Of the input stage.
+        middle: Number of the open cache behind the transport.
+        output: Of the output stage.
+    """
+
+    input: Any
+    middle: int | None
+    output: Any
+
+
+class ClientModel:
+    """One client's model: embeddings, input stage, transport, output stage, and its adapter in all of them.
+
+    Args:
+        input_stage: The first blocks, shared by the clients of a process.
+        output_stage: The last blocks, shared likewise.
+        transport: The way to the middle blocks; ``None`` when the model is not cut.
+        initial: The adapter to start from.
+        training: The optimizer's settings.
+        in_flight: Micro-batches of a batch under way at once, where a transport leaves the process.
+        guard: What is done to states and gradients before they cross; nothing when absent.
+        rate_weight: β, of a learned code's rate beside the loss.
+    """
+
+    def __init__(
+        self,
+        input_stage: Stage,
+        output_stage: Stage,
+        transport: Transport | None,
+        initial: Mapping[str, Tensor],
+        training: TrainingConfig,
+        in_flight: int = 1,
+        guard: Guard | None = None,
+        rate_weight: float = 0.0,
+    ) -> None:
+        self.backbone = input_stage.backbone
+        self.transport = transport
+        self.guard = guard
+        self._rate_weight = rate_weight
+        self._stages = (input_stage, output_stage)
+        self._members = tuple(Member(stage, initial, training) for stage in self._stages)
+        self._step = 0
+        self._in_flight = in_flight
+        self.keeps_constants = False
+        self.has_settled = guard is not None and guard.settle_rounds is not None
+        self._constants_are_old = self._lacks_constants(initial)
+
+    def settle(self, server_round: int) -> None:
+        """Enter a server round: say whether the input stage stays as it is, as it does outside of training.
+
+        From then on every history crosses by itself, without dropout, so that it crosses as the same bytes whatever it
+        is batched with; and the input stage's tensors change no more, whoever sets an adapter.
+        """
+        rounds = None if self.guard is None else self.guard.settle_rounds
+        self.has_settled = rounds is not None and server_round >= rounds
+
+    def _lacks_constants(self, state: Mapping[str, Tensor]) -> bool:
+        """Tell whether the backbone's constants must be computed before they can be used with a state."""
+        names = self.backbone.constant
+        return bool(names) and not all(name in state and bool(state[name].any()) for name in names)
+
+    def refresh(self) -> None:
+        """Compute the backbone's constant tensors anew if the adapter has changed since, unless they are to be kept."""
+        if not self._constants_are_old or self.keeps_constants:
+            return
+        trained = {name: tensor for name, tensor in self.adapter().items() if name not in self.backbone.constant}
+        fresh = self.backbone.constants(partial(self.hidden_states, public=True), adapter_sha256(trained))
+        for member in self._members:
+            member.set_adapter(fresh)
+        self._constants_are_old = False
+
+    @property
+    def traffic(self) -> Traffic:
+        """What crossed the cut so far."""
+        return Traffic() if self.transport is None else self.transport.traffic.reading()
+
+    @property
+    def input_member(self) -> Member:
+        """What is trained in the input stage."""
+        return self._members[0]
+
+    @property
+    def output_end(self) -> Mapping[str, Tensor]:
+        """What is trained outside the blocks at the output end."""
+        return self._members[1].ends
+
+    # -- whole sequences --------------------------------------------------------------------------------------
+
+    def train_loss(self, batch: Batch, dropout_seed: int | None) -> Tensor:
+        """Sum the loss over a batch's targets, ready for ``backward``, which crosses the cut again.
+
+        Args:
+            batch: Padded on the right, or in one row.
+            dropout_seed: Seed of this pass's dropout masks; ``None`` drops nothing.
+
+        Returns:
+            (). A learned code's rate has its weight in the gradient and no part in the value.
+        """
+        part = self._numbered(batch, dropout_seed)
+        states, rate = self._entered(part)
+        if self.transport is not None:
+            if not states.requires_grad:
+                states = states.detach().requires_grad_(True)
+            scales: list[Tensor] = []
+            outgoing = partial(self._guarded_gradient, batch.lengths, scales)
+            states = Crossing.apply(states, batch.lengths, self.transport, part.call, part.step, outgoing)
+            loss = self._leave(states, part)
+            if self.guard is not None:
+                loss.register_hook(scales.append)
+            return loss if rate is None else loss + self._rate_weight * (rate - rate.detach())
+        return self._leave(states, part)
+
+    def _numbered(self, batch: Batch, dropout_seed: int | None) -> MicroBatch:
+        self._step += self.transport is not None
+        call = StageCall(dropout_seed=dropout_seed, lengths=batch.lengths, row=batch.row)
+        return MicroBatch(batch, call, self._step)
+
+    def _enter(self, part: MicroBatch) -> Tensor:
+        """Embed a batch, run the input stage, and guard what is to cross: (B, T) -> (B, T, D)."""
+        return self._entered(part)[0]
+
+    def _entered(self, part: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        """Do the same, and sum the rate of the batch's codes where there are any and they are trained."""
+        if self.has_settled and self.transport is not None:
+            return self._settled(part.batch), None
+        states = self.backbone.embed(part.batch.input_ids, self._members[0].ends, part.call.dropout_seed)
+        states = self._stages[0].run(self._members[0], states, part.call)
+        if self.transport is None:
+            return states, None
+        rate, bottleneck, lengths = None, self._stages[0].bottleneck, part.batch.lengths
+        if bottleneck is not None:
+            trained = self._members[0].ends
+            is_real = (torch.arange(states.shape[1])[None, :] < lengths[:, None].cpu()).to(states.device)
+            rate = bottleneck.rate(bottleneck.mean(states, trained), trained)[is_real].sum()
+        return self._guarded(states, part.batch), rate
+
+    @torch.no_grad()
+    def _settled(self, batch: Batch) -> Tensor:
+        """Send each row by itself, as it was sent before: (B, T) -> (B, T, D)."""
+        rows = []
+        owners = [-1] * batch.samples if batch.owners is None else batch.owners.tolist()
+        for place, (length, owner) in enumerate(zip(batch.lengths.tolist(), owners, strict=True)):
+            own = Batch(
+                batch.input_ids[place : place + 1, :length],
+                batch.lengths[place : place + 1],
+                batch.is_target[place : place + 1, :length],
+            )
+            states = self.backbone.embed(own.input_ids, self._members[0].ends)
+            states = self._stages[0].run(self._members[0], states, StageCall(lengths=own.lengths))
+            with nullcontext() if self.guard is None or owner < 0 else self.guard.repeating(owner):
+                rows.append(self._guarded(states, own)[0])
+        return pad_sequence(rows, batch_first=True)
+
+    def _leave(self, states: Tensor, part: MicroBatch) -> Tensor:
+        """Run the output stage and sum the loss: (B, T, D) -> ()."""
+        states = self._stages[1].run(self._members[1], states, part.call)
+        return self.backbone.loss(states, part.batch, self._members[1].ends)
+
+    def train_batch(self, parts: Sequence[Batch], dropout_seeds: Sequence[int | None]) -> list[float]:
+        """Add up the gradients of a batch's micro-batches; its loss is the mean over the targets of all.
+
+        Across a network some are in flight at a time, if the model was made so; the result has the same bits.
+
+        Args:
+            parts: The micro-batches, in their order.
+            dropout_seeds: One for each.
+
+        Returns:
+            Each micro-batch's sum of losses.
+        """
+        wanted = sum(part.targets for part in parts)
+        transport = None if isinstance(self.transport, LocalTransport) else self.transport
+        if self._in_flight > 1 and len(parts) > 1 and transport is not None:
+            numbered = [self._numbered(part, seed) for part, seed in zip(parts, dropout_seeds, strict=True)]
+            scales = [torch.ones(()) / wanted]  # as a backward pass through the mean scales it
+            ends = Ends(
+                self._enter,
+                self._leave,
+                lambda gradient, part: self._guarded_gradient(part.batch.lengths, scales, gradient),
+            )
+            return train_overlapped(ends, transport, numbered, lambda loss: loss / wanted, self._in_flight)
+        losses = []
+        for part, seed in zip(parts, dropout_seeds, strict=True):
+            loss = self.train_loss(part, seed)
+            (loss / wanted).backward()
+            losses.append(float(loss.detach()))
+        return losses
+
+    def _guarded(self, states: Tensor, batch: Batch | None = None, *, public: bool = False) -> Tensor:
+        """Make of states what crosses: codes and their noise where they are learned, and what the guard does."""
+        bottleneck, trained = self._stages[0].bottleneck, self._members[0].ends
+        if bottleneck is None and self.guard is None:
+            return states
+        if batch is not None and batch.row is not None:
+            raise ConfigError(
+                "a guard of what crosses the cut, and samples in one row: a gradient that several users share is not "
+                "what its promise is of",
+                cure="Set training.shared_prefix: false.",
+            )
+        lengths = None if batch is None else batch.lengths
+        if bottleneck is not None:
+            code = bottleneck.mean(states, trained)
+            if self.guard is not None:
+                code = code + bottleneck.deviations(trained) * self.guard.normal(code, lengths, public=public)
+            states = bottleneck.expand(code, trained).to(states.dtype)
+        return states if self.guard is None else self.guard.states(states, lengths, public=public)
+
+    def _guarded_gradient(self, lengths: Tensor, scales: Sequence[Tensor], gradient: Tensor) -> Tensor:
+        """Guard a gradient by how much the summed loss was scaled, which its own gradient says."""
+        return gradient if self.guard is None else self.guard.gradient(gradient, lengths, float(scales[-1]))
+
+    @torch.no_grad()
+    def hidden_states(self, batch: Batch, *, adapter: bool = True, public: bool = False) -> Tensor:
+        """Run a batch without keeping anything: (B, T) -> (B, T, D), before the final norm.
+
+        Args:
+            batch: Padded on the right, or in one row.
+            adapter: Whether the adapter takes part; without it these are the base model's states.
+            public: Whether the batch holds nothing of a user.
+        """
+        call = StageCall(adapter=adapter, lengths=batch.lengths, row=batch.row)
+        if self.has_settled and self.transport is not None and adapter and not public:
+            states = self._settled(batch)
+        else:
+            states = self.backbone.embed(batch.input_ids, self._members[0].ends)
+            states = self._stages[0].run(self._members[0], states, call)
+            if self.transport is not None:
+                states = self._guarded(states, batch, public=public)
+        if self.transport is not None:
+            states = self.transport.forward(states, batch.lengths, call, keep_as=None)
+        return self._stages[1].run(self._members[1], states, call)
+
+    @torch.no_grad()
+    def evaluation_loss(self, batch: Batch) -> Tensor:
+        """Sum the loss over a batch's targets, without gradients or dropout."""
+        return self.backbone.loss(self.hidden_states(batch), batch, self._members[1].ends)
+
+    # -- token by token ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def generation(self) -> Iterator[GenerationCache]:
+        """Open caches in every stage for one generation, and close them whatever happens."""
+        caches = [self.backbone.new_cache(stage.blocks) for stage in self._stages]
+        middle = None if self.transport is None else self.transport.open_cache()
+        try:
+            yield GenerationCache(caches[0], middle, caches[1])
+        finally:
+            if self.transport is not None and middle is not None:
+                self.transport.close_cache(middle)
+
+    @torch.no_grad()
+    def decode(self, input_ids: Tensor, call: StageCall, cache: GenerationCache) -> Tensor:
+        """Run new tokens after what the caches hold: (B, T) -> (B, T, D), before the final norm."""
+        states = self.backbone.embed(input_ids, self._members[0].ends)
+        states = self._stages[0].run(self._members[0], states, call, cache.input)
+        if self.transport is not None and cache.middle is not None:
+            states = self.transport.decode(self._guarded(states), call, cache.middle)
+        return self._stages[1].run(self._members[1], states, call, cache.output)
+
+    def reorder(self, cache: GenerationCache, rows: Tensor) -> None:
+        """Keep the given rows of every cache, in the given order."""
+        for stage, own in zip(self._stages, (cache.input, cache.output), strict=True):
+            if len(stage.span) > 0:
+                own.reorder_cache(rows)
+        if self.transport is not None and cache.middle is not None:
+            self.transport.reorder_cache(cache.middle, rows)
+
+    # -- optimizer, over all stages together ------------------------------------------------------------------
+
+    def begin_round(
+        self, total_steps: int, objective: LocalObjective | None = None, anchor: AdapterState | None = None
+    ) -> None:
+        """Prepare a round of local training; see :class:`~pplr.stages.optimizer.StageOptimizer`."""
+        objective = objective or LocalObjective()
+        for member in self._members:
+            member.optimizer.begin_round(total_steps, objective, anchor)
+        if self.has_settled:
+            for parameter in self._members[0].parameters.values():
+                parameter.requires_grad_(False)
+        if self.transport is not None:
+            self.transport.begin_round(total_steps, objective, anchor)
+
+    def optimizer_step(self, clip_norm: float | None) -> float:
+        """Clip by the global norm over all stages and step each of them once.
+
+        Returns:
+            The gradient norm before clipping.
+        """
+        squared = sum(member.optimizer.gradient_norm_squared() for member in self._members)
+        if self.transport is not None:
+            squared += self.transport.gradient_norm_squared()
+        norm = float(squared**0.5)
+        scale = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
+        for member in self._members:
+            member.optimizer.step(scale)
+        if self.transport is not None:
+            self.transport.optimizer_step(scale)
+        self._constants_are_old = bool(self.backbone.constant)
+        return norm
+
+    def keep_gradient(self, clip_norm: float, *, middle: bool = True) -> float:
+        """Clip what backward passes left by its norm over all stages, add it to the sum that is kept, and clear it.
+
+        A gradient that is not finite adds nothing: it could not be bounded, and an error would tell of it.
+
+        Args:
+            clip_norm: The most that it adds.
+            middle: Whether the middle adapter is trained; without it, what reached it is let go.
+
+        Returns:
+            The norm before clipping.
+
+        Raises:
+            ConfigError: The middle adapter is to be trained, and its gradients are on a server.
+        """
+        optimizers = self._optimizers(middle=middle)
+        norm = math.sqrt(sum(own.data_norm_squared() for own in optimizers))
+        scale = min(1.0, clip_norm / norm) if norm > 0 else 1.0
+        for own in optimizers:
+            own.keep_gradient(scale if math.isfinite(norm) else 0.0)
+        if self.transport is not None and not middle:
+            self.transport.discard()
+        return norm
+
+    def release_gradient(self, noise: Callable[[torch.Size], Tensor], divisor: float, *, middle: bool = True) -> None:
+        """Make the kept sum with noise the gradient of the next step.
+
+        See :meth:`~pplr.stages.optimizer.StageOptimizer.release_gradient`.
+        """
+        for own in self._optimizers(middle=middle):
+            own.release_gradient(noise, divisor)
+
+    def _optimizers(self, *, middle: bool) -> list[StageOptimizer]:
+        """Collect the optimizers of all stages whose gradients are clipped together."""
+        own = [member.optimizer for member in self._members]
+        if self.transport is None or not middle:
+            return own
+        if not isinstance(self.transport, LocalTransport):
+            raise ConfigError(
+                "a user's gradient is clipped over all stages at once, and the middle one is on a stage server",
+                cure="Set privacy.dp.freeze_middle: true, or train without a stage server.",
+            )
+        return [*own, self.transport.optimizer]
+
+    def end_round(self) -> None:
+        """Let go of what only the round needed."""
+        for member in self._members:
+            member.optimizer.end_round()
+        if self.transport is not None:
+            self.transport.end_round()
+
+    # -- state ------------------------------------------------------------------------------------------------
+
+    def adapter(self) -> AdapterState:
+        """Return the LoRA tensors of all stages in natural order, without copying those of this process."""
+        state = self.own_adapter()
+        if self.transport is not None:
+            state |= self.transport.adapter()
+        return {name: state[name] for name in natural_order(state)}
+
+    def own_adapter(self) -> AdapterState:
+        """Return the tensors of this process's own stages alone, in natural order, without copying."""
+        state = {name: tensor for member in self._members for name, tensor in member.adapter().items()}
+        return {name: state[name] for name in natural_order(state)}
+
+    def take_adapter(self, label: str) -> None:
+        """Have the middle adapter become the one that is offered on the server under a label.
+
+        Raises:
+            TransportError: Nothing is offered there, or the middle stage is not on a server.
+        """
+        if not isinstance(self.transport, TakingTransport):
+            raise TransportError(
+                "this client's middle blocks are on no stage server",
+                cure="Use the same configuration and the same stage server on both sides.",
+            )
+        self.transport.take_adapter(label)
+        self._constants_are_old = bool(self.backbone.constant)
+
+    def set_adapter(self, state: Mapping[str, Tensor]) -> None:
+        """Copy LoRA tensors into all stages, or into none; into an input stage that has settled never.
+
+        Raises:
+            AdapterError: One of them does not fit, or is not finite.
+        """
+        for member in self._members:
+            member.check(state, whose="the adapter to go on with")
+        if self.transport is not None:
+            self.transport.set_adapter(state)
+        for member in self._members[1:] if self.has_settled else self._members:
+            member.set_adapter(state)
+        self._constants_are_old = self._lacks_constants(state)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Return the optimizer's state of all stages as flat tensors."""
+        flat: dict[str, Tensor] = {}
+        for member in self._members:
+            flat |= member.optimizer.state()
+        if self.transport is not None:
+            flat |= self.transport.optimizer_state()
+        return flat
+
+    def restore_optimizer(self, flat: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`optimizer_state` returned.
+
+        Raises:
+            CheckpointError: It has no step count.
+        """
+        if "steps" not in flat:
+            raise CheckpointError("the optimizer state has no step count", cure="Resume from an older checkpoint.")
+        for member in self._members:
+            member.optimizer.restore(flat)
+        if self.transport is not None:
+            self.transport.restore_optimizer(flat)
