@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 
 import numpy as np
 import pytest
@@ -59,10 +60,17 @@ def test_a_chart_is_the_same_each_time_and_says_nothing_of_when() -> None:
     assert "日本 &lt;x&gt;" in svg
 
 
-def test_the_first_the_middle_and_the_last_round_are_shown() -> None:
-    rounds = [RoundRecord(server_round=number, clients={}) for number in range(1, 8)]
-    assert [own.server_round for own in chosen_rounds(rounds)] == [1, 4, 7]
-    assert [own.server_round for own in chosen_rounds(rounds[:1])] == [1]
+@pytest.mark.parametrize("count", [1, 2, 12, 13, 75])
+def test_all_rounds_are_drawn_or_twelve_at_even_distances(count: int) -> None:
+    rounds = [RoundRecord(server_round=number, clients={}) for number in range(1, count + 1)]
+    shown = [own.server_round for own in chosen_rounds(rounds)]
+    if count <= 12:
+        assert shown == list(range(1, count + 1))
+        return
+    gaps = {after - before for before, after in itertools.pairwise(shown)}
+    assert (shown[0], shown[-1], len(shown)) == (1, count, 12)
+    assert min(gaps) >= 1
+    assert max(gaps) - min(gaps) <= 1
 
 
 def test_a_client_that_did_not_train_is_in_no_square() -> None:

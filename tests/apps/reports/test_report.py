@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from pplr.apps.cli import app
 from pplr.apps.reports.pages import write_report
 from pplr.apps.reports.records import read_run
+from pplr.config import Config
 from pplr.errors import RunError
 from pplr.runtimes.run import Run
 
@@ -42,6 +44,11 @@ def values(row: dict[str, tuple[str, float | None]]) -> dict[str, float | None]:
 
 def svgs(page: Found) -> list[str]:
     return [base64.b64decode(own["src"].partition("base64,")[2]).decode() for own in page.images]
+
+
+def asks_elsewhere(svg: str) -> list[str]:
+    """Find what a picture would load from another place than itself."""
+    return re.findall(r'(?:href|src)="(?!#|data:)[^"]*"|url\((?!["\']?#)[^)]*\)', svg)
 
 
 # -- figures ------------------------------------------------------------------------------------------------------
@@ -107,6 +114,25 @@ def test_rounds_are_those_of_the_records(whole: tuple[Path, Found]) -> None:
     for record in records:
         for client, own in record["clients"].items():
             assert kept[client][f"round {record['server_round']}"][1] == own["mixed_from"][client]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_squares_are_drawn_of_every_round_or_it_is_said_of_which(folder: Path) -> None:
+    first = json.loads((folder / "rounds.jsonl").read_text().splitlines()[0])
+
+    def squares(rounds: int) -> tuple[Found, list[str]]:
+        records = [json.dumps(first | {"server_round": number}) for number in range(1, rounds + 1)]
+        (folder / "rounds.jsonl").write_text("\n".join(records) + "\n")
+        page = report(folder)
+        start = re.compile(r"Similarity of the clients' adapters in server round (\d+):")
+        return page, [found[1] for own in page.images if (found := start.match(own["alt"]))]
+
+    page, drawn = squares(12)
+    assert drawn == [str(number) for number in range(1, 13)]
+    assert "The squares show" not in page.text
+    page, drawn = squares(23)
+    assert drawn == [str(number) for number in range(1, 24, 2)]
+    assert f"The squares show server rounds {', '.join(drawn)}, of 23 that mixed" in page.text
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -196,12 +222,25 @@ def test_the_page_needs_nothing_else_and_runs_nothing(folder: Path, audit: dict[
         if name in ("src", "href", "srcset", "action"):
             assert value.startswith(("data:", "#")), f"{tag} {name} {value[:60]}"
         assert not name.startswith("on")
+    assert svgs(page)
     for svg in svgs(page):
-        assert not re.findall(r"(?:href|src)=\"\\s*(?!#|data:)\S", svg)
-        assert "url(http" not in svg
+        assert not asks_elsewhere(svg)
     text = (folder / "report.html").read_text()
     assert "default-src 'none'" in text
     assert "@import" not in text
+
+
+@pytest.mark.parametrize(
+    ("svg", "found"),
+    [
+        ('<image xlink:href="https://example.org/a.png"/>', 1),
+        ('<image href="a.png"/><img src="//example.org/b"/>', 2),
+        ('<rect style="fill: url(http://example.org/x)"/>', 1),
+        ('<use xlink:href="#m1"/><g clip-path="url(#p1)"/><image href="data:image/png;base64,xx"/>', 0),
+    ],
+)
+def test_a_picture_that_would_ask_elsewhere_is_found(svg: str, found: int) -> None:
+    assert len(asks_elsewhere(svg)) == found
 
 
 def test_the_page_can_be_read_without_seeing_it(whole: tuple[Path, Found]) -> None:
@@ -331,7 +370,9 @@ def test_the_word_private_stands_beside_a_figure_or_the_audit(whole: tuple[Path,
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_commands_of_the_page_about_reports_work(folder: Path, tmp_path: Path) -> None:
+def test_the_commands_of_the_page_about_reports_work(finished: Callable[..., Run], tmp_path: Path) -> None:
+    cutoffs = list(Config().evaluation.cutoffs)  # those that a run has where nobody chose others
+    folder = Path(shutil.copytree(finished(f"evaluation.cutoffs={cutoffs}").folder, tmp_path / "run"))
     page = (Path(__file__).parents[3] / "docs" / "report.md").read_text(encoding="utf-8")
     lines = [line for block in re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL) for line in block.splitlines()]
     assert len(lines) == 4

@@ -26,6 +26,8 @@ __all__ = ["chosen_rounds", "learning_section", "mixed_matrix", "mixing_section"
 
 _MOST_DRAWN: Final = 40
 """Most clients of which every pair is drawn."""
+_MOST_ROUNDS: Final = 12
+"""Most server rounds whose squares are drawn."""
 
 
 def series(
@@ -133,6 +135,7 @@ def mixing_section(
     most = max(len(one.mixed) for one in mixed)
     chosen = (choose or chosen_rounds)(mixed)
     if most <= _MOST_DRAWN:
+        parts += _which(chosen, mixed)
         parts += [Gallery(charts) for charts in (_mixtures(chosen), _similarities(chosen)) if charts]
     if not heating:
         parts.append(Paragraph((f"The method {said(files.config.federation.method)} has no heating weight.",), "note"))
@@ -144,10 +147,21 @@ def mixing_section(
     return Section("mixing", title, parts)
 
 
+def _which(chosen: Sequence[RoundRecord], mixed: Sequence[RoundRecord]) -> list[Part]:
+    """Say which server rounds the squares are of, where they are not of all."""
+    if len(chosen) == len(mixed):
+        return []
+    told = ", ".join(str(one.server_round) for one in chosen)
+    which = f"server rounds {told}" if len(chosen) > 1 else f"server round {told}"
+    return [Paragraph((f"The squares show {which}, of {len(mixed)} that mixed; all are in rounds.jsonl.",), "note")]
+
+
 def chosen_rounds(rounds: Sequence[RoundRecord]) -> list[RoundRecord]:
-    """Take the first, the middle and the last."""
-    places = sorted({0, (len(rounds) - 1) // 2, len(rounds) - 1})
-    return [rounds[place] for place in places]
+    """Take all where they are few, otherwise twelve at even distances, the first and the last among them."""
+    if len(rounds) <= _MOST_ROUNDS:
+        return list(rounds)
+    step = (len(rounds) - 1) / (_MOST_ROUNDS - 1)
+    return [rounds[round(place * step)] for place in range(_MOST_ROUNDS)]
 
 
 def mixed_matrix(record: RoundRecord) -> list[list[float | None]]:
