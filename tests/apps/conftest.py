@@ -1,8 +1,12 @@
+"""Stand-ins for runs, and a browser that opens pages."""
+
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -11,6 +15,8 @@ import numpy as np
 import pytest
 
 from pplr.config import Config
+
+LIMIT_S = 240  # for a machine with much else to do; nothing waits that long elsewhere
 
 
 def _metrics(method: str = "pplr", clients: int = 2) -> dict[str, Any]:
@@ -92,3 +98,70 @@ def round_record() -> dict[str, Any]:
             "mixed_from": {"0": 0.6, "1": 0.4}, "validation": {"ndcg@10": 0.05}, "seconds": 12.0, "bytes_up": 0,
             "bytes_down": 0}, "1": {"samples": 64, "loss": null, "validation": {"loss": 3.25}}}}"""
     return dict(json.loads(line))
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium of this machine."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("there is no Chromium here: install Debian's chromium")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """One visitor's tab, which notes what must not happen."""
+
+    def __init__(self, browser: Any, address: str, width: int = 1280) -> None:
+        self.address = address
+        self.context = browser.new_context(viewport={"width": width, "height": 900}, reduced_motion="reduce")
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(LIMIT_S * 1_000)
+        self.wrong: list[str] = []
+        self.page.on("dialog", lambda dialog: (self.wrong.append(f"dialog {dialog.message}"), dialog.dismiss()))
+        self.page.on("pageerror", lambda error: self.wrong.append(f"error {error}"))
+        self.page.on("console", lambda told: told.type == "error" and self.wrong.append(told.text))
+        self.page.on("request", self._note)
+
+    def _note(self, request: Any) -> None:
+        if not request.url.startswith((self.address, self.address.replace("http", "ws"), "data:", "blob:")):
+            self.wrong.append(f"asks {request.url}")
+
+    @property
+    def is_too_wide(self) -> bool:
+        return bool(self.page.evaluate("document.documentElement.scrollWidth > innerWidth"))
+
+
+@pytest.fixture
+def visit(browser: Any, request: pytest.FixtureRequest) -> Iterator[Callable[..., Visit]]:
+    """Open tabs; at the end nothing may have gone wrong in any of them."""
+    visits: list[Visit] = []
+
+    def open_tab(address: str, path: str = "/", width: int = 1280) -> Visit:
+        visits.append(Visit(browser, address, width))
+        visits[-1].page.goto(address + path)
+        return visits[-1]
+
+    yield open_tab
+    wrong = [told for own in visits for told in own.wrong]
+    for own in visits:
+        own.context.close()
+    assert not wrong
+
+
+@pytest.fixture
+def keep(tmp_path: Path) -> Callable[[Visit, str], Path]:
+    """Keep a picture of a page as an artefact: in the folder PPLR_ARTEFACTS, or pytest's own."""
+
+    def picture(own: Visit, name: str) -> Path:
+        folder = Path(os.environ.get("PPLR_ARTEFACTS", tmp_path))
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{name}.png"
+        own.page.screenshot(path=path, full_page=True)
+        return path
+
+    return picture

@@ -26,6 +26,17 @@ def test_the_difference_is_this_run_minus_the_first(fake_run: Make, evaluation: 
     lines = difference_table([found], first).lines()
     assert lines[0].plain.startswith("against runs/local")
     assert "+0.1000" in lines[2].plain
+    assert lines[0].plain.endswith("more than chance")
+    assert lines[2].plain.split()[-1] == "yes"
+
+
+def test_the_terminal_says_no_where_the_interval_holds_0(fake_run: Make, evaluation: Make) -> None:
+    base = np.arange(20) / 20
+    moved = base + np.where(np.arange(20) % 2, 0.1, -0.1)
+    first, other = fake_run("runs/a", tested=evaluation(base)), fake_run("runs/b", tested=evaluation(moved))
+    (found,) = compare([first, other], ["ndcg@10"], samples=200)
+    assert found.low < 0 < found.high
+    assert difference_table([found], first).lines()[2].plain.split()[-1] == "no"
 
 
 def test_only_users_that_both_tested_are_paired(fake_run: Make, evaluation: Make) -> None:

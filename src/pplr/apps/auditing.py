@@ -81,22 +81,21 @@ def draw_frontier(content: Mapping[str, Any], path: Path, metric: str = "item_f1
         path: Of the PNG.
         metric: Leakage, by name.
     """
-    frontier(content, metric).savefig(path, dpi=150)
+    chart = frontier(content, metric)
+    chart.suptitle(f"What the server reads, and what recommendations are worth: {content['backbone']}", fontsize=9)
+    chart.savefig(path, dpi=150)
 
 
 def frontier(content: Mapping[str, Any], metric: str = "item_f1") -> Figure:
-    """Make the drawing of :func:`draw_frontier`."""
-    from matplotlib import colormaps
+    """Make the drawing of :func:`draw_frontier`, without its title; marks and their filling tell settings apart."""
     from matplotlib.figure import Figure
 
-    chart = Figure(figsize=(7, 4.5), layout="constrained")
+    chart = Figure(figsize=(4.9, 3.8), layout="constrained")
     axes = chart.subplots()
     noises = sorted({found["noise"] for found in content["settings"]})
-    marks = dict(zip(noises, "osD^vP*X", strict=False))
+    fills: dict[float, Any] = dict(zip(noises, ("full", "none", "left", "bottom", "right", "top"), strict=False))
     depths = sorted({found["cut"]["input_layers"] for found in content["settings"]})
-    colours = dict(
-        zip(depths, colormaps["viridis"]([i / max(1, len(depths) - 1) for i in range(len(depths))]), strict=True)
-    )
+    marks = dict(zip(depths, "osD^vP*X", strict=False))
     for found in content["settings"]:
         levels = {own["knowledge"] for own in found["audits"]}
         reached = [own for own in found["audits"] if is_within_reach(own["knowledge"], levels)]
@@ -112,21 +111,32 @@ def frontier(content: Mapping[str, Any], metric: str = "item_f1") -> Figure:
                 [worth["mean"] - worth.get("low", worth["mean"])],
                 [worth.get("high", worth["mean"]) - worth["mean"]],
             ],
-            fmt=marks.get(found["noise"], "o"),
-            color=colours[found["cut"]["input_layers"]],
+            fmt=marks.get(found["cut"]["input_layers"], "o"),
+            fillstyle=fills.get(found["noise"], "none"),
+            color="black",
+            markerfacecoloralt="white",
             capsize=2,
+            elinewidth=0.8,
         )
     guess = content["baseline"][metric]
     if guess is not None:
         axes.axvspan(guess["low"], guess["high"], color="0.9", zorder=0)
         axes.axvline(guess["mean"], color="0.5", linestyle="--", zorder=0)
-        axes.annotate("no states", (guess["mean"], 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=8)
+        axes.annotate(
+            "a guess without states",
+            (guess["mean"], 0.03),
+            xytext=(3, 0),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            rotation=90,
+            fontsize=8,
+        )
     for depth in depths:
-        axes.plot([], [], "o", color=colours[depth], label=f"k = {depth}")
-    for noise in noises:
-        axes.plot([], [], marks.get(noise, "o"), color="0.4", label=f"noise {noise:g}")
-    axes.set(xlabel=f"{metric} of the strongest attack", ylabel=content["metric"], xlim=(-0.02, 1.02))
+        axes.plot([], [], marks.get(depth, "o"), color="black", label=f"k = {depth}")
+    for noise in noises if len(noises) > 1 else ():
+        fill = fills.get(noise, "none")
+        axes.plot([], [], "o", color="black", fillstyle=fill, markerfacecoloralt="white", label=f"noise {noise:g}")
+    axes.set(xlabel=f"{metric} of the strongest attack (0 to 1)", ylabel=f"{content['metric']}", xlim=(-0.02, 1.02))
     axes.set_ylim(bottom=0)
-    axes.set_title(f"What the server reads, and what recommendations are worth: {content['backbone']}", fontsize=10)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    chart.legend(loc="outside upper left", ncols=5, fontsize=8, frameon=False, handlelength=1.2, columnspacing=1.2)
     return chart

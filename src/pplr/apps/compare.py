@@ -53,7 +53,7 @@ def spread_table(runs: Sequence[Run], metrics: Sequence[str] = ()) -> Table:
 
 
 def difference_table(differences: Sequence[Difference], first: Run) -> Table:
-    """Lay differences out, a row for each run and metric."""
+    """Lay differences out, a row for each run and metric, and say which can be called one."""
     rows = [
         (
             own.run,
@@ -62,8 +62,9 @@ def difference_table(differences: Sequence[Difference], first: Run) -> Table:
             f"{own.difference:+.4f}",
             f"{own.low:+.4f} to {own.high:+.4f}",
             f"{own.p:.4f}",
+            "yes" if own.is_one else "no",
         )
         for own in differences
     ]
-    columns = (f"against {first.folder}", "metric", "users", "difference", "95 % interval", "p")
-    return Table(columns, rows, texts=(columns[0], "metric"))
+    columns = (f"against {first.folder}", "metric", "users", "difference", "95 % interval", "p", "more than chance")
+    return Table(columns, rows, texts=(columns[0], "metric", columns[-1]))

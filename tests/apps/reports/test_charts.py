@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pplr.apps.reports.charts import MOST_LINES, as_chart, bars, intervals, lines, matrix
-from pplr.apps.reports.learning import chosen_rounds, mixed_matrix
+from pplr.apps.reports.mixing import chosen_rounds, mixed_matrix
 from pplr.apps.reports.records import RoundRecord
 
 
@@ -29,6 +29,24 @@ def test_many_clients_become_a_band_with_their_median() -> None:
     (median,) = axes.get_lines()
     assert median.get_xdata().tolist() == [1, 3]
     assert median.get_ydata().tolist() == [4.0, 8.0]
+
+
+@pytest.mark.parametrize(("names", "title"), [(3, "a run"), (MOST_LINES, ""), (2, "a run of a name as long as can be")])
+def test_names_and_the_axis_s_label_fit_and_do_not_touch(names: int, title: str) -> None:
+    series = {f"a-long-name-of-a-run-{number}": {1: 0.5, 2: 0.25} for number in range(names)}
+    figure = lines(series, "mean validation ndcg@10 (0 to 1)", title=title)
+    figure.draw_without_rendering()
+    (legend,), (axes,) = figure.legends, figure.axes
+    named, label = legend.get_window_extent(), axes.yaxis.label.get_window_extent()
+    assert named.x1 <= figure.bbox.x1
+    assert label.y1 <= named.y0
+    assert label.y0 >= figure.bbox.y0
+
+
+def test_charts_of_one_scale_have_it() -> None:
+    one, other = (lines({"a": {1: value, 2: 0.5}}, "y", limits=(0.0, 1.0)).axes[0] for value in (0.25, 0.75))
+    assert one.get_ylim() == other.get_ylim()
+    assert one.get_ylim()[0] < 0.0 < 1.0 < one.get_ylim()[1]
 
 
 def test_bars_and_intervals_draw_the_figures() -> None:

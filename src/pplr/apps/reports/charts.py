@@ -6,7 +6,7 @@ import base64
 import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle
 from math import isnan
@@ -26,6 +26,8 @@ MOST_LINES: Final = 8
 """Clients that are told apart in one chart of lines; more become a band with their median."""
 _MOST_NUMBERS: Final = 10
 _WIDTH: Final = 4.7
+_CHARACTERS: Final = 72
+"""About as many as a line of a legend holds."""
 _INKS = ("#000000", "#0b5394", "#a33b00", "#44652a", "#5b3a8c", "#666666", "#8a1538", "#00706b")
 _DASHES: Final[tuple[Any, ...]] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 3)), (0, (1, 3)))
 _MARKS: Final = "os^Dv*XP"
@@ -77,24 +79,38 @@ def as_chart(figure: Figure, description: str, caption: str, *, wide: bool = Fal
     return Chart(source, description, caption, wide=wide)
 
 
-def lines(series: Mapping[str, Mapping[int, float]], ylabel: str) -> Figure:
+def lines(
+    series: Mapping[str, Mapping[int, float]],
+    ylabel: str,
+    *,
+    title: str = "",
+    limits: tuple[float, float] | None = None,
+) -> Figure:
     """Draw how something went over the server rounds.
 
     Args:
         series: For each client its values by server round, from 1.
         ylabel: What is drawn, with its unit.
+        title: Above the lines.
+        limits: Of the upward axis; as far as the lines go when absent.
     """
     with _styled():
-        figure, axes = _axes(2.7)
+        rows = -(-min(len(series), MOST_LINES) // _columns(series))
+        figure, axes = _axes(2.4 + 0.17 * rows + (0.22 if title else 0))
         if len(series) > MOST_LINES:
             _band(axes, series)
         else:
             styles = zip(cycle(_INKS), cycle(_DASHES), cycle(_MARKS), strict=False)
             for (name, own), (ink, dash, mark) in zip(series.items(), styles, strict=False):
                 axes.plot(list(own), list(own.values()), color=ink, linestyle=dash, marker=mark, label=_short(name))
-        axes.set(xlabel="server round", ylabel=ylabel)
+        axes.set(xlabel="server round", ylabel=ylabel if len(ylabel) <= 26 else ylabel.replace(" (", "\n("))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        figure.legend(loc="outside upper left", ncols=3, handlelength=3.2)
+        if title:
+            axes.set_title(_short(title, 40), loc="left")
+        if limits is not None and limits[1] > limits[0]:
+            margin = 0.05 * (limits[1] - limits[0])
+            axes.set_ylim(limits[0] - margin, limits[1] + margin)
+        _legend(figure, axes)
     return figure
 
 
@@ -128,7 +144,7 @@ def bars(values: Mapping[str, float], references: Mapping[str, float], xlabel: s
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         if references:
-            figure.legend(loc="outside upper left", ncols=2, handlelength=3.2)
+            _legend(figure, axes)
     return figure
 
 
@@ -149,6 +165,7 @@ def matrix(
     with _styled():
         figure = Figure(figsize=(3.3, 3.0), layout="constrained")
         axes = figure.subplots()
+        axes.patch.set(facecolor="white", edgecolor="0.75", hatch="////")  # shows where there is no number
         picture = axes.imshow(numbers, cmap="Greys", vmin=low, vmax=high + 0.35 * (high - low), aspect="equal")
         if len(names) <= _MOST_NUMBERS:
             for i, row in enumerate(numbers):
@@ -163,7 +180,7 @@ def matrix(
         labels = [_short(names[place], 10) for place in shown]
         axes.set_xticks(list(shown), labels, rotation=0 if max(map(len, labels)) <= 2 else 60)
         axes.set_yticks(list(shown), labels)
-        axes.set(title=title, xlabel="from client", ylabel="client")
+        axes.set(title=_short(title, 34), xlabel="from client", ylabel="client")
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         if len(names) > _MOST_NUMBERS:
@@ -192,7 +209,7 @@ def intervals(
         figure, axes = _axes(1.15 + 0.26 * max(2, len(rows)))
         if reference is not None:
             name, low, high = reference
-            axes.axvspan(low, high, facecolor="0.88", edgecolor="0.6", hatch="...", label=_short(name, 40))
+            axes.axvspan(low, high, facecolor="0.88", edgecolor="0.6", hatch="xxx", label=_short(name, 40))
         for place, (_, mean, low, high) in enumerate(rows):
             reach = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
             axes.errorbar(mean, place, xerr=reach, fmt="o", color="black", capsize=3)
@@ -211,6 +228,18 @@ def intervals(
 def _axes(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Name the lines above the axes, as many beside each other as fit."""
+    columns = _columns(axes.get_legend_handles_labels()[1])
+    figure.legend(loc="outside upper left", ncols=columns, handlelength=3.2)
+
+
+def _columns(names: Iterable[str]) -> int:
+    """Choose how many names stand beside each other, ten characters being taken by each line and what parts them."""
+    longest = max((len(_short(name)) for name in names), default=0)
+    return min(3, max(1, _CHARACTERS // (longest + 10)))
 
 
 def _short(name: str, longest: int = 22) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pplr.apps.reports.beside import leakage_beside, learning_beside, mixing_beside
 from pplr.apps.reports.charts import as_chart, intervals
 from pplr.apps.reports.elements import (
     MISSING,
@@ -63,12 +64,16 @@ def comparison_page(runs: Sequence[RunFiles], metrics: Sequence[str], *, samples
         ConfigError: A metric was not measured.
     """
     names, first = run_names(runs), runs[0]
+    named = list(zip(names, runs, strict=True))
     chosen = chosen_metrics(first.run, metrics)
     differences = _differences(runs, names, chosen, samples, seed)
     sections = [
         Section("runs", "The runs", [_runs_table(runs, names), _cost_table(runs, names)]),
         Section("differences", "Differences", _difference_parts(differences, names[0], samples)),
         Section("clients", "Client by client", _client_parts(runs, names, chosen[-1], samples, seed)),
+        learning_beside(named),
+        mixing_beside(named),
+        leakage_beside(named),
     ]
     if len(runs) < 2:
         sections = sections[:1] + sections[2:]
@@ -240,16 +245,17 @@ def _users_of(evaluation: Evaluation, client: str) -> Evaluation:
 
 
 def _summary(runs: Sequence[RunFiles], names: Sequence[str], metric: str, differences: Sequence[Difference]) -> Text:
-    told: list[str | Cell | Code] = [f"In {metric}, {said(names[0])} has "]
+    told: list[str | Cell | Code] = [f"In {said(metric)}, ", Code(said(names[0])), " has "]
     told += [measured(_told(runs[0]).overall.get(metric)), " over all users."]
     for own in differences:
         if own.metric != metric:
             continue
+        told += [" ", Code(said(own.run))]
         if own.difference == 0:
-            told.append(f" {said(own.run)} has the same mean.")
+            told.append(" has the same mean.")
             continue
         side = "above" if own.difference > 0 else "below"
         end = ": more than chance." if own.is_one else ": no difference can be told."
         amount = Cell(f"{abs(own.difference):.4f}", own.difference)
-        told += [f" {said(own.run)} is ", amount, f" {side} (interval {own.low:+.4f} to {own.high:+.4f}){end}"]
+        told += [" is ", amount, f" {side} (interval {own.low:+.4f} to {own.high:+.4f}){end}"]
     return told

@@ -25,7 +25,17 @@ from pplr.apps.reports.elements import (
 from pplr.apps.reports.records import AttackRecord, AuditRecord, IntervalRecord, RunFiles, SettingRecord
 from pplr.privacy.verdict import is_within_reach
 
-__all__ = ["audit_command", "dp_section", "elsewhere", "leakage_section", "own_setting", "spent", "strongest_attack"]
+__all__ = [
+    "audit_command",
+    "dp_section",
+    "elsewhere",
+    "interval_cell",
+    "leakage_section",
+    "own_setting",
+    "spent",
+    "strongest_attack",
+    "where",
+]
 
 _MEANING = (
     "token_recovery: share of the tokens that tell of the user, read right. item_f1: items of the user's history. "
@@ -77,7 +87,7 @@ def leakage_section(files: RunFiles) -> Section:
     setting = own_setting(audit)
     parts: list[Part] = [Paragraph((said(audit.verdict),), "verdict"), *_guarded(files)]
     if elsewhere(audit):
-        parts.append(Paragraph((f"Measured at {_where(setting)}, which is not how the run was cut.",), "notice"))
+        parts.append(Paragraph((f"Measured at {where(setting)}, which is not how the run was cut.",), "notice"))
     parts += [
         Paragraph(
             (
@@ -104,7 +114,7 @@ def leakage_section(files: RunFiles) -> Section:
         )
         told = "; ".join(f"{name} {mean:.2f}" for name, mean, *_ in rows)
         told += f"; a guess without states {guess.mean:.2f}" if guess else ""
-        caption = f"Items of the history that each attack read, {_where(setting)}. Right is worse for the users."
+        caption = f"Items of the history that each attack read, {where(setting)}. Right is worse for the users."
         parts.append(as_chart(figure, f"Means with intervals of item_f1: {said(told)}.", caption, wide=True))
     if len(audit.settings) > 1:
         parts += _sweep(audit)
@@ -142,27 +152,29 @@ def _attacks_table(setting: SettingRecord, audit: AuditRecord) -> Table:
         (
             said(own.audit),
             said(own.knowledge),
-            *(_interval(own.found.get(metric)) for metric in SHOWN),
+            *(interval_cell(own.found.get(metric)) for metric in SHOWN),
             seconds_cell(own.seconds),
         )
         for own in setting.audits
     ]
     ruled = [len(rows)]
-    rows.append(("no states", "popularity", *(_interval(audit.baseline.get(metric)) for metric in SHOWN), ""))
+    rows.append(("no states", "popularity", *(interval_cell(audit.baseline.get(metric)) for metric in SHOWN), ""))
     columns = ("attack", "attacker has", *SHOWN, "time")
-    return Table(f"What attacks read, {_where(setting)}", columns, rows, texts=("attacker has",), ruled=ruled)
+    return Table(f"What attacks read, {where(setting)}", columns, rows, texts=("attacker has",), ruled=ruled)
 
 
-def _interval(found: IntervalRecord | None) -> Cell:
+def interval_cell(found: IntervalRecord | None) -> Cell:
+    """Show a mean over users with its interval."""
     return Cell(MISSING) if found is None else between(found.mean, found.low, found.high)
 
 
-def _where(setting: SettingRecord) -> str:
+def where(setting: SettingRecord) -> str:
+    """Say at which cut, guard and noise a setting was audited."""
     cut = setting.cut
-    where = f"k = {cut.input_layers}, m = {cut.output_layers} of {cut.total_layers} blocks"
-    where += f", {said(setting.guard)}" if setting.guard else ""
-    where += f", noise {setting.noise:g} times the states' size" if setting.noise else ""
-    return where + (f", mean of {setting.passes} passes" if setting.passes > 1 else "")
+    told = f"k = {cut.input_layers}, m = {cut.output_layers} of {cut.total_layers} blocks"
+    told += f", {said(setting.guard)}" if setting.guard else ""
+    told += f", noise {setting.noise:g} times the states' size" if setting.noise else ""
+    return told + (f", mean of {setting.passes} passes" if setting.passes > 1 else "")
 
 
 def _sweep(audit: AuditRecord) -> list[Part]:
@@ -173,7 +185,7 @@ def _sweep(audit: AuditRecord) -> list[Part]:
         told = measured(worth.mean)
         if worth.mean is not None and worth.low is not None and worth.high is not None:
             told = between(worth.mean, worth.low, worth.high, 4)
-        rows.append((_where(setting), *(_interval(own[1] if own else None) for own in strongest), told))
+        rows.append((where(setting), *(interval_cell(own[1] if own else None) for own in strongest), told))
     columns = ("setting", *SHOWN, f"worth: {said(audit.metric)}")
     parts: list[Part] = [
         Table("The strongest attack at each setting, and what recommendations are worth", columns, rows)

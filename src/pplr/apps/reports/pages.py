@@ -33,7 +33,8 @@ from pplr.apps.reports.leakage import (
     spent,
     strongest_attack,
 )
-from pplr.apps.reports.learning import learning_section, mixing_section
+from pplr.apps.reports.learning import learning_section
+from pplr.apps.reports.mixing import mixing_section
 from pplr.apps.reports.quality import headline_metric, quality_section
 from pplr.apps.reports.records import RunFiles, read_run
 from pplr.apps.reports.setting import repeat_section, setting_section

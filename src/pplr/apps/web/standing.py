@@ -10,7 +10,8 @@ from threading import Lock
 from typing import Literal
 
 from pplr.apps.reports.elements import Cell, Code, Facts, Gallery, Paragraph, Part, measured, said, seconds_cell
-from pplr.apps.reports.learning import learning_section, mixing_section
+from pplr.apps.reports.learning import learning_section
+from pplr.apps.reports.mixing import mixing_section
 from pplr.apps.reports.quality import headline_metric
 from pplr.apps.reports.records import RunFiles, read_run
 from pplr.apps.web.rendering import render_parts
