@@ -221,7 +221,9 @@ def test_one_command_trains_evaluates_and_recommends_through_the_server_as_in_on
         assert metrics[part] == expected[part]
     assert metrics["cost"]["wire"] == expected["cost"]["wire"]
     assert metrics["cost"]["client"]["peak_rss_bytes"] > 0
-    assert metrics["cost"]["server"] == {"stored_bytes": None, "peak_rss_bytes": None, "train_flops": None}
+    flops = expected["cost"]["server"]["train_flops"]  # worked out, so that it does not matter who hosts the blocks
+    assert metrics["cost"]["server"] == {"stored_bytes": None, "peak_rss_bytes": None, "train_flops": flops}
+    assert flops > 0
 
     asked = ("recommend", "run", "--client", "1", "--history", "Ash; Elm")
     remote = pplr_command(*asked, *server)

@@ -94,13 +94,20 @@ def test_metrics_have_their_keys_and_what_was_not_measured_is_null(run):
     assert all(list(own) == ["users", *names] and own["users"] == 2 for own in told["clients"].values())
     for side in ("client", "server"):
         assert told["cost"][side]["peak_rss_bytes"] is None  # one process holds both sides
-        assert told["cost"][side]["train_flops"] is None
         assert told["cost"][side]["stored_bytes"] > 0
     rows = [row for record in run.rounds for row in record["clients"].values()]
     assert told["cost"]["wire"]["bytes_up"] == sum(row["bytes_up"] for row in rows) > 0
     assert told["seconds"]["train"] == sum(row["seconds"] for row in rows)
     assert told["samples_per_second"] == pytest.approx(48 / told["seconds"]["train"])
     assert told["seconds"]["total"] > told["seconds"]["train"] + told["seconds"]["evaluate"]
+
+
+def test_operations_of_both_sides_are_those_of_the_whole_model(run):
+    cost = run.metrics["cost"]
+    flops = {side: cost[side]["train_flops"] for side in ("client", "server", "whole")}
+    assert flops["client"] + flops["server"] == flops["whole"]
+    assert 0 < flops["server"] < flops["client"]
+    assert cost["whole"]["stored_bytes"] == cost["client"]["stored_bytes"] + cost["server"]["stored_bytes"]
 
 
 def test_the_base_is_shared_out_between_client_and_server(run, backbone):

@@ -299,6 +299,9 @@ def test_an_infinity_that_json_can_write_ends_nothing(parties) -> None:
         {"stored_bytes": None},
         {"stored_bytes": {"client": None, "server": 1}},
         {"stored_bytes": {"client": 1, "server": "much"}},
+        {"train_flops": 5},
+        {"train_flops": {"client": 1, "server": 2}},
+        {"train_flops": {"client": 1, "server": -2, "whole": 1}},
     ],
 )
 def test_a_test_that_cannot_be_is_passed_over_and_ends_nothing(parties, fields) -> None:

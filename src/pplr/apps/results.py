@@ -89,11 +89,14 @@ def _spread_table(metrics: Mapping[str, Any]) -> Table:
 
 def _cost_table(cost: Mapping[str, Any]) -> Table:
     rows = []
-    for party in ("client", "server"):
+    for party in ("client", "server", "whole"):
         own: Mapping[str, Any] = cost.get(party) or {}
+        if party == "whole" and not own:  # of a run of an earlier version
+            continue
         stored, peak, flops = (own.get(key) for key in ("stored_bytes", "peak_rss_bytes", "train_flops"))
-        rows.append((party, human_bytes(stored), human_bytes(peak), human_count(flops)))
-    return Table(("cost", "stored", "peak memory", "training FLOPs"), rows, texts=("cost",))
+        label = "whole model" if party == "whole" else party
+        rows.append((label, human_bytes(stored), human_bytes(peak), human_count(flops)))
+    return Table(("cost", "stored", "peak memory", "training FLOPs, worked out"), rows, texts=("cost",))
 
 
 def _closing_lines(metrics: Mapping[str, Any]) -> list[str]:

@@ -341,6 +341,18 @@ class Backbone(ABC):
             ends: What is trained at the output end.
         """
 
+    def end_flops(self, batch: Batch) -> int | None:
+        """Count the operations of a training pass outside the blocks, two for each multiply-add, without padding.
+
+        Returns:
+            Those of matrix products, forward and backward; ``None`` where nobody has worked them out.
+        """
+        return None
+
+    def constant_batches(self) -> Iterator[Batch]:
+        """Give the batches that :meth:`constants` reads; none by default."""
+        return iter(())
+
     @abstractmethod
     def client_bytes(self) -> int:
         """Bytes of the frozen tensors outside the blocks (embeddings, norm, head), which clients always hold."""

@@ -353,6 +353,10 @@ class CausalLM(Backbone):
             labels = batch.input_ids[:, 1:][batch.is_target[:, 1:]]  # (M,)
         return head_loss(self.model.lm_head, self.final_states(before), labels)
 
+    def end_flops(self, batch: Batch) -> int:
+        """Count the frozen head's two products, of states and of their gradients: 4 M D V."""
+        return 4 * batch.targets * self.hidden_size * self.model.config.vocab_size
+
     def read_answer(self, tokens: Sequence[int]) -> str:
         """Read a generated answer as a title: its first line, without the quotes around it."""
         text = self.tokenizer.decode(list(tokens), skip_special_tokens=True)

@@ -7,7 +7,7 @@ computed anew before each epoch and are constants of it, so the gradient goes th
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, cast
@@ -21,7 +21,7 @@ from pplr.backbones.base import Batch, Blocks, End, MatchingBackbone, register
 from pplr.backbones.bundles import ENCODERS, base_fingerprint
 from pplr.backbones.encoder_blocks import EncoderBlocks, shorten
 from pplr.backbones.loading import ENCODER, load_pretrained
-from pplr.backbones.losses import catalog_loss
+from pplr.backbones.losses import catalog_loss, draw_negatives
 from pplr.config import BackboneConfig, EncoderConfig
 from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample, shown_title
@@ -239,16 +239,23 @@ class Encoder(MatchingBackbone):
         """Encode the catalog, items of like length together: (N, D) of rows of length 1; the newest few are cached."""
         if key in self._tables:
             return {_TABLE: self._tables[key]}
-        order = sorted(range(len(self._texts)), key=lambda item: len(self._texts[item][0]))
-        table = torch.empty(len(order), self.hidden_size)
-        for start in range(0, len(order), _ITEMS_AT_ONCE):
-            chosen = order[start : start + _ITEMS_AT_ONCE]
+        table = torch.empty(len(self._texts), self.hidden_size)
+        for chosen in self._together():
             batch = self.pad([(item,) for item in chosen])
             table[chosen] = self.queries(self.pool(read(batch), batch), {}).cpu()
         self._tables[key] = table
         while len(self._tables) > _TABLES_KEPT:
             self._tables.popitem(last=False)
         return {_TABLE: table}
+
+    def _together(self) -> list[list[int]]:
+        """Say which items are read in one batch: those of like length."""
+        order = sorted(range(len(self._texts)), key=lambda item: len(self._texts[item][0]))
+        return [order[start : start + _ITEMS_AT_ONCE] for start in range(0, len(order), _ITEMS_AT_ONCE)]
+
+    def constant_batches(self) -> Iterator[Batch]:
+        """Give the batches in which the catalog is read."""
+        return (self.pad([(item,) for item in chosen]) for chosen in self._together())
 
     def keeps_constants(self, server_round: int) -> bool:
         """Whether a server round belongs to the second phase."""
@@ -357,6 +364,14 @@ class Encoder(MatchingBackbone):
     def items(self, ends: Mapping[str, Tensor], chosen: Tensor | None = None) -> Tensor:
         """Return the client's item embeddings: (M, D), each of length 1."""
         return ends[_TABLE] if chosen is None else ends[_TABLE][chosen]
+
+    def end_flops(self, batch: Batch) -> int | None:
+        """Count the scores of M targets among the items compared, which are constants: 4 M N D."""
+        if batch.labels is None:
+            return None
+        chosen = draw_negatives(batch.input_ids, batch.labels, self.config.negatives, len(self._texts))
+        items = len(self._texts) if chosen is None else len(chosen)
+        return 4 * len(batch.labels) * items * self.hidden_size
 
     def loss(self, hidden_states: Tensor, batch: Batch, ends: Mapping[str, Tensor]) -> Tensor:
         """Sum the cross-entropy of each target among the catalog, or among the negatives drawn for this batch."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pplr.backbones.arithmetic import is_widened
 from pplr.backbones.base import Batch, Blocks, End, MatchingBackbone, Normal, register
 from pplr.backbones.causal_lm import CausalLM, DecoderBlocks
-from pplr.backbones.losses import catalog_loss
+from pplr.backbones.losses import catalog_loss, draw_negatives
 from pplr.backbones.slots import SeededDropout
 from pplr.config import BackboneConfig, ItemVectorsConfig
 from pplr.data.interactions import Catalog
@@ -282,6 +282,16 @@ class ItemVectors(MatchingBackbone):
     def queries(self, hidden_states: Tensor, ends: Mapping[str, Tensor]) -> Tensor:
         """Place states in the space of comparison: (..., D) -> (..., width), each of length 1."""
         return F.normalize(F.linear(self.text.final_states(hidden_states).float(), ends[_STATE]), dim=-1)
+
+    def end_flops(self, batch: Batch) -> int:
+        """Count the products of the projections, all trained, and the scores of M targets among the items compared."""
+        size, width, hidden = self.hidden_size, self.config.width, self.config.hidden_width or 0
+        labels = batch.input_ids[:, 1:][batch.is_target[:, 1:]]
+        chosen = draw_negatives(batch.input_ids, labels, self.config.negatives, len(self.vectors))
+        items, targets = len(self.vectors) if chosen is None else len(chosen), len(labels)
+        vectors = 4 * size * (size + hidden) + 6 * hidden * size  # an item's: what enters needs no gradient
+        placed = 4 * size * (width + hidden) + 6 * hidden * width
+        return batch.tokens * vectors + items * placed + 6 * targets * width * (size + items)
 
     def loss(self, hidden_states: Tensor, batch: Batch, ends: Mapping[str, Tensor]) -> Tensor:
         """Sum the cross-entropy of each target among the catalog, or among the negatives drawn for this batch."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pplr.backbones.adapters import AdapterState
+from pplr.backbones.base import Backbone, Batch
 from pplr.backbones.batching import bucketed_batches
 from pplr.config import TrainingConfig
 from pplr.errors import FederationError
@@ -16,7 +17,7 @@ from pplr.seeds import derive_seed
 from pplr.stages.client_model import ClientModel
 from pplr.stages.optimizer import LocalObjective
 
-__all__ = ["LocalResult", "evaluation_loss", "steps_per_round", "train_locally"]
+__all__ = ["LocalResult", "epoch_batches", "evaluation_loss", "steps_per_round", "train_locally"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,36 @@ class LocalResult:
 def steps_per_round(samples: int, config: TrainingConfig) -> int:
     """Optimizer steps that one client takes in one server round."""
     return config.local_epochs * math.ceil(samples / config.batch_size)
+
+
+def epoch_batches(
+    backbone: Backbone,
+    encoded: Sequence[Any],
+    config: TrainingConfig,
+    client: str,
+    server_round: int,
+    epoch: int,
+    seed: int,
+) -> Iterator[list[Batch]]:
+    """Give the batches of one epoch of a client's training, each as its micro-batches; they follow from the seed.
+
+    Args:
+        backbone: Collates them.
+        encoded: The client's encoded samples.
+        config: Batches.
+        client: Its name.
+        server_round: Counted from 0.
+        epoch: Of the round, counted from 0.
+        seed: The run's seed.
+    """
+    collate = backbone.collate_row if config.shared_prefix else backbone.collate
+    drawn = backbone.draw(encoded, derive_seed(seed, "draw", client, server_round, epoch))
+    lengths = [backbone.length(sample) for sample in drawn]
+    for positions in bucketed_batches(lengths, config.batch_size, seed, client, server_round, epoch):
+        micro = config.micro_batch_size or len(positions)
+        yield [
+            collate([drawn[i] for i in positions[start : start + micro]]) for start in range(0, len(positions), micro)
+        ]
 
 
 def train_locally(
@@ -85,20 +116,12 @@ def train_locally(
     started = time.perf_counter()
     horizon = 1 if config.optimizer_state == "reset" else rounds
     model.begin_round(steps_per_round(len(encoded), config) * horizon, objective, anchor)
-    collate = model.backbone.collate_row if config.shared_prefix else model.backbone.collate
     samples = steps = tokens = targets = 0
     total_loss = 0.0
     try:
         for epoch in range(config.local_epochs):
             model.refresh()
-            drawn = model.backbone.draw(encoded, derive_seed(seed, "draw", client, server_round, epoch))
-            lengths = [model.backbone.length(sample) for sample in drawn]
-            for positions in bucketed_batches(lengths, config.batch_size, seed, client, server_round, epoch):
-                micro = config.micro_batch_size or len(positions)
-                parts = [
-                    collate([drawn[i] for i in positions[start : start + micro]])
-                    for start in range(0, len(positions), micro)
-                ]
+            for parts in epoch_batches(model.backbone, encoded, config, client, server_round, epoch, seed):
                 seeds = [derive_seed(seed, "dropout", client, server_round, steps, own) for own in range(len(parts))]
                 batch_loss = sum(model.train_batch(parts, seeds))
                 if not math.isfinite(batch_loss):
@@ -111,9 +134,10 @@ def train_locally(
                 total_loss += batch_loss
                 targets += sum(part.targets for part in parts)
                 tokens += sum(part.tokens for part in parts)
-                samples += len(positions)
+                done = sum(part.samples for part in parts)
+                samples += done
                 steps += 1
-                advance(len(positions))
+                advance(done)
     except BaseException:
         if model.transport is not None:
             model.transport.discard()

@@ -30,6 +30,7 @@ from pplr.runtimes.middles import Middles, StageMiddles
 from pplr.runtimes.orders import OrderDesk, greeting, read_start
 from pplr.runtimes.run_folder import RoundWriter, claimed, training_cost
 from pplr.runtimes.trackers import Tracking
+from pplr.runtimes.training_flops import summed_flops
 from pplr.storage import write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -274,7 +275,8 @@ def _metrics(
     stored = [own["stored_bytes"] for own in told.values()]
     hosted = [own["server"] for own in stored if own["server"] is not None]
     trained = training_cost(records)
-    nothing = {"peak_rss_bytes": None, "train_flops": None}
+    in_all = {own["client"] + own["server"] for own in stored if own["server"] is not None}
+    flops = summed_flops([own.get("train_flops") for own in told.values()])
     guarded = {"states": told_of_states(config.privacy.states, {"state": 1})} if config.privacy.states.is_on else {}
     return {
         "method": config.federation.method,
@@ -285,11 +287,17 @@ def _metrics(
         "spread": {key: spread({name: own[key] for name, own in clients.items()}) for key in names},
         "floors": {},
         "cost": {
-            "client": {"stored_bytes": max(own["client"] for own in stored), **nothing},
-            "server": {"stored_bytes": max(hosted) if hosted else None, **nothing},
+            "client": _cost(max(own["client"] for own in stored), flops["client"]),
+            "server": _cost(max(hosted) if hosted else None, flops["server"]),
+            "whole": _cost(in_all.pop() if len(in_all) == 1 else None, flops["whole"]),
             "wire": {key: trained[key] for key in ("bytes_up", "bytes_down")},
         },
         "seconds": {"total": None, "train": trained["seconds"], "evaluate": None},
         "samples_per_second": trained["samples_per_second"],
         **guarded,
     }
+
+
+def _cost(stored: int | None, flops: int | None) -> dict[str, int | None]:
+    """Lay out what one side stores and computed; how much memory its process took is not told here."""
+    return {"stored_bytes": stored, "peak_rss_bytes": None, "train_flops": flops}

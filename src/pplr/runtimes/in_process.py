@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from pplr.runtimes.run import SECRETS, Run
 from pplr.runtimes.run_folder import RoundWriter, claimed, training_cost, write_start
 from pplr.runtimes.state_counts import announced, guarded_run
 from pplr.runtimes.trackers import Tracking
+from pplr.runtimes.training_flops import summed_flops, trained_rounds, training_flops
 from pplr.storage import write_json
 
 __all__ = ["evaluate_run", "train"]
@@ -169,6 +171,8 @@ def _metrics(run: Run, assembly: Assembly, found: Mapping[str, Evaluation]) -> d
     stored = {name: assembly.model_of(name).stored_bytes() for name in assembly.data.partition.names}
     client_bytes = max(client for client, _ in stored.values())
     hosted = [server for _, server in stored.values() if server is not None]
+    in_all = {client + server for client, server in stored.values() if server is not None}
+    flops = _flops(run, assembly)
     plan = assembly.plan
     cut: dict[str, Any] | None = None
     if not plan.is_whole:
@@ -193,11 +197,16 @@ def _metrics(run: Run, assembly: Assembly, found: Mapping[str, Evaluation]) -> d
     # Where one process holds both sides, neither's memory can be told apart.
     peak = peak_rss_bytes() if assembly.is_remote else None
     content["cost"] = {
-        "client": {"stored_bytes": client_bytes, "peak_rss_bytes": peak, "train_flops": None},
+        "client": {"stored_bytes": client_bytes, "peak_rss_bytes": peak, "train_flops": flops["client"]},
         "server": {
             "stored_bytes": max(hosted) if hosted else None,
             "peak_rss_bytes": None,
-            "train_flops": None,
+            "train_flops": flops["server"],
+        },
+        "whole": {
+            "stored_bytes": in_all.pop() if len(in_all) == 1 else None,
+            "peak_rss_bytes": None,
+            "train_flops": flops["whole"],
         },
         "wire": {"bytes_up": trained["bytes_up"], "bytes_down": trained["bytes_down"]},
     }
@@ -207,6 +216,13 @@ def _metrics(run: Run, assembly: Assembly, found: Mapping[str, Evaluation]) -> d
     if config.privacy.states.is_on:
         content["states"] = guarded_run(assembly, run.rounds)
     return content
+
+
+def _flops(run: Run, assembly: Assembly) -> dict[str, int | None]:
+    """Add up what the training of all clients took on each side, worked out; ``None`` where that cannot be."""
+    records = run.rounds
+    told = [training_flops(assembly, name, trained_rounds(records, name)) for name in assembly.trainers]
+    return summed_flops([None if own is None else asdict(own) for own in told])
 
 
 def _privacy(run: Run, assembly: Assembly) -> dict[str, Any]:

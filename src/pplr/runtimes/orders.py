@@ -20,6 +20,7 @@ from pplr.recommend.training import LocalResult
 from pplr.runtimes.middles import Middles
 from pplr.runtimes.parcels import Parcel
 from pplr.runtimes.participant import HELLO, TEST, TRAIN, VALIDATE
+from pplr.runtimes.training_flops import SIDES, trained_rounds
 from pplr.storage import sha256_bytes
 
 __all__ = ["OrderDesk", "Reports", "Start", "greeting", "read_hello", "read_start", "run_token"]
@@ -29,6 +30,7 @@ Reports = Iterable[tuple[str, bytes]]
 """Clients' names, and what each reports."""
 _SHARED = ("initial_sha256", "model_sha256", "catalog_sha256")
 _MOST = 2**53
+_MOST_FLOPS = 10**27
 """Largest number that is believed: beyond it, floats skip whole numbers."""
 _RESULT = {"samples": int, "steps": int, "tokens": int, "targets": int, "loss": float, "seconds": float}
 
@@ -233,7 +235,12 @@ class OrderDesk:
 
     def test_orders(self) -> Mapping[str, bytes]:
         """Order every client to write its best adapter and to measure it on its test cases."""
-        return LazyMapping(self.server.names, lambda _: Parcel(TEST, {"run": self._run}).pack())
+
+        def order(name: str) -> bytes:
+            trained = trained_rounds(self.server.records, name)  # what its training took is the client's to say
+            return Parcel(TEST, {"run": self._run, "trained": trained}).pack()
+
+        return LazyMapping(self.server.names, order)
 
     def take_tests(self, reports: Reports) -> dict[str, Mapping[str, Any]]:
         """Read what each client tells of its test: means and counts alone; what cannot be believed is passed over."""
@@ -250,6 +257,11 @@ class OrderDesk:
                 for key, size in stored.items():
                     if size is not None or key == "client":
                         _count(size, f"stored bytes of the {key}", name)
+                flops = own.get("train_flops")
+                if flops is not None and (not isinstance(flops, dict) or set(flops) != set(SIDES)):
+                    raise WireError(f"client {name} tells {str(flops)[:200]} of what its training took", cure=_SAME)
+                for key, count in (flops or {}).items():
+                    _count(count, f"operations of the {key}", name, _MOST_FLOPS)
                 told[name] = own
             except WireError as error:
                 self._note(str(error))
@@ -303,8 +315,8 @@ class OrderDesk:
                 yield name, parcel
 
 
-def _count(value: Any, key: str, name: str) -> int:
-    if type(value) is not int or not 0 <= value <= _MOST:
+def _count(value: Any, key: str, name: str, most: int = _MOST) -> int:
+    if type(value) is not int or not 0 <= value <= most:
         raise WireError(f"client {name} tells {key} {str(value)[:50]}, which counts nothing", cure=_SAME)
     return value
 

@@ -21,6 +21,7 @@ from pplr.federation.client import Best, FederatedClient
 from pplr.recommend.evaluation import evaluate
 from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.parcels import Parcel
+from pplr.runtimes.training_flops import training_flops
 from pplr.stages.transport import Traffic
 
 __all__ = ["HELLO", "TEST", "TRAIN", "VALIDATE", "Participant"]
@@ -63,7 +64,7 @@ class Participant:
         if order.kind == HELLO:
             return self._hello()
         if order.kind == TEST:
-            return self._test()
+            return self._test(order)
         server_round = order.told.get("server_round")
         if order.kind not in (TRAIN, VALIDATE) or not isinstance(server_round, int) or server_round < 0:
             raise WireError(f"an order {order.kind!r} for server round {server_round!r}", cure=_SAME)
@@ -111,7 +112,7 @@ class Participant:
         told = {key: order.told.get(key) for key in ("server_round", "attempt")}
         return told | {"bytes_up": traffic.bytes_up, "bytes_down": traffic.bytes_down}
 
-    def _test(self) -> Parcel:
+    def _test(self, order: Parcel) -> Parcel:
         """Write the best adapter as PEFT does, and measure it on this client's own test cases; means alone are told."""
         config, assembly = self._config, self._assembly
         client = self._client_at(None)
@@ -127,9 +128,14 @@ class Participant:
         finally:
             assembly.dismiss(self.name, "test")
         client_bytes, server_bytes = assembly.model_of(self.name).stored_bytes()
+        trained = order.told.get("trained", [])
+        if not isinstance(trained, list) or not all(isinstance(one, int) and one >= 0 for one in trained):
+            raise WireError(f"an order to test after server rounds {str(trained)[:200]}", cure=_SAME)
+        flops = training_flops(assembly, self.name, trained)
         told = {
             "tested": found.by_client()[self.name],
             "stored_bytes": {"client": client_bytes, "server": server_bytes},
+            "train_flops": None if flops is None else asdict(flops),
         }
         return Parcel(TEST, told)
 

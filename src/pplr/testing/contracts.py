@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from pplr.backbones.adapters import AdapterState, load_adapter
 from pplr.backbones.base import BACKBONES, Backbone, Batch
@@ -18,6 +20,7 @@ from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import PplrError, TransportError
 from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
+from pplr.stages.flops import FlopsOfCut
 from pplr.stages.host import StageHost
 from pplr.stages.model import CutModel
 from pplr.stages.stage import StageCall
@@ -196,6 +199,54 @@ class BackboneContract:
         assert all(
             stored[less][0] < stored[more][0] for less, more in pairwise(ordered) if len(less.middle) > len(more.middle)
         )
+
+    def test_operations_of_training_are_those_that_torch_counts(self) -> None:
+        """What is worked out for either side of a cut is what its products of matrices do."""
+        backbone = self.make()
+        batch = backbone.collate(self.encoded(backbone)[-1:])  # one sample, so without padding
+        layers = backbone.total_layers
+        for plan in (CutPlan(0, 0, layers), CutPlan(1, 1, layers), CutPlan.make(None, layers)):
+            worked_out = FlopsOfCut(backbone, plan, self.adapter).training(batch)
+            if worked_out is None:
+                continue
+            cut = self.cut(backbone, plan)
+            model = cut.client("one", random_adapter(cut.shapes))
+            with _counting() as total, _on_the_server(cut) as server:
+                model.train_loss(batch, 0).backward()
+            assert worked_out.client + worked_out.server == total.get_total_flops(), plan
+            assert worked_out.server == sum(own.get_total_flops() for own in server), plan
+        assert worked_out is None or worked_out.client == worked_out.whole  # the last is the uncut model
+
+
+@contextmanager
+def _counting() -> Iterator[FlopCounterMode]:
+    """Count the operations of what is inside; attention is computed by plain products, each of which counts once."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
+
+
+@contextmanager
+def _on_the_server(cut: CutModel) -> Iterator[list[FlopCounterMode]]:
+    """Count the operations of the middle stage alone, each pass by itself."""
+    counters: list[FlopCounterMode] = []
+    host: Any = cut.host
+    names = ("forward", "backward") if host is not None else ()
+
+    def counted(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def inside(*args: Any, **options: Any) -> Tensor:
+            with _counting() as counter:
+                counters.append(counter)
+                return run(*args, **options)
+
+        return inside
+
+    for name in names:
+        setattr(host, name, counted(getattr(host, name)))
+    try:
+        yield counters
+    finally:
+        for name in names:
+            delattr(host, name)
 
 
 class TransportContract:

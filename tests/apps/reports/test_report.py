@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pplr.apps.cli import app
+from pplr.apps.reports.costs import WORKED_OUT
 from pplr.apps.reports.pages import write_report
 from pplr.apps.reports.records import read_run
 from pplr.config import Config
@@ -82,7 +83,12 @@ def test_cost_is_that_of_the_metrics_and_the_whole_is_both_sides(whole: tuple[Pa
     assert [table[name][heading][1] for name in ("client", "server")] == stored
     assert table["the whole model in one place"][heading][1] == sum(stored)
     assert table["client"]["of the whole"][1] == stored[0] / sum(stored)
-    assert table["client"]["training FLOPs"] == ("not measured", None)
+    rows = {"client": "client", "server": "server", "whole": "the whole model in one place"}
+    flops = {side: told["cost"][side]["train_flops"] for side in rows}
+    assert {side: table[name][WORKED_OUT][1] for side, name in rows.items()} == flops
+    assert table["client"]["of the whole's FLOPs"][1] == flops["client"] / flops["whole"]
+    assert flops["client"] + flops["server"] == flops["whole"]
+    assert "Training compute is worked out from the samples that were trained on, and not measured" in page.text
     wire = page.tables["Wire and time, of all clients and rounds"]
     assert wire["client to server, training"]["figure"][1] == told["cost"]["wire"]["bytes_up"]
     assert wire["time: train"]["figure"][1] == told["seconds"]["train"]
@@ -303,6 +309,22 @@ def test_a_run_that_has_only_begun_has_a_report_too(folder: Path) -> None:
     assert "No server round is finished yet." in page.text
     assert "provenance.json is missing" in page.text
     assert not page.images
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_of_before_compute_was_worked_out_has_none(folder: Path, change: Change) -> None:
+    def forget(told: dict[str, Any]) -> None:
+        told["cost"].pop("whole")
+        for party in ("client", "server"):
+            told["cost"][party]["train_flops"] = None
+
+    change(folder / "metrics.json", forget)
+    page = report(folder)
+    table = page.tables["Each side, beside holding the whole model"]
+    assert {row[WORKED_OUT] for row in table.values()} == {("not measured", None)}
+    stored = [table[name]["stored, frozen tensors"][1] for name in table]
+    assert stored[0] + stored[1] == stored[2]
+    assert "Training compute was not worked out for this run." in page.text
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -70,7 +70,8 @@ def test_the_final_points_are_all_figures_of_metrics_json_that_were_measured(fin
             assert points[f"test/{name}/client/{client}"] == own[name]
     assert points["floors/popularity/ndcg@5"] == metrics["floors"]["popularity"]["ndcg@5"]
     assert points["run/cost/wire/bytes_up"] == metrics["cost"]["wire"]["bytes_up"]
-    assert "run/cost/client/train_flops" not in points
+    assert points["run/cost/client/train_flops"] == metrics["cost"]["client"]["train_flops"]
+    assert "run/cost/client/peak_rss_bytes" not in points
 
 
 def test_what_a_federation_does_not_measure_has_no_point():

@@ -21,6 +21,7 @@ from pplr.apps.reports.elements import (
     Text,
     between,
     bytes_cell,
+    count_cell,
     measured,
     said,
     seconds_cell,
@@ -147,6 +148,8 @@ def _cost_table(runs: Sequence[RunFiles], names: Sequence[str]) -> Table:
                 bytes_cell(own.cost.wire.get("bytes_up")),
                 bytes_cell(own.cost.wire.get("bytes_down")),
                 seconds_cell(own.seconds.get("train")),
+                count_cell(own.cost.client.get("train_flops")),
+                count_cell(own.cost.server.get("train_flops")),
                 _read_by_server(one),
             )
         )
@@ -158,6 +161,8 @@ def _cost_table(runs: Sequence[RunFiles], names: Sequence[str]) -> Table:
         "up",
         "down",
         "training",
+        "clients' FLOPs, worked out",
+        "server's FLOPs, worked out",
         "server read, item_f1",
     )
     return Table("What the runs cost, and what the server read of histories at best", columns, rows)

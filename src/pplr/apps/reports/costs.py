@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Final
 
 from pplr.apps.reports.elements import (
     Cell,
     Code,
+    Link,
     Paragraph,
     Part,
     Section,
     Table,
+    Text,
     bytes_cell,
     count_cell,
     measured,
@@ -20,52 +23,79 @@ from pplr.apps.reports.elements import (
 )
 from pplr.apps.reports.records import ClientRecord, RunFiles
 
-__all__ = ["cost_section", "whole_bytes"]
+__all__ = ["WORKED_OUT", "cost_section", "whole_bytes"]
+
+WORKED_OUT: Final = "training FLOPs, worked out"
+"""Heading of what was reckoned rather than measured."""
 
 
 def whole_bytes(files: RunFiles) -> float | int | None:
-    """Add up what both sides store; ``None`` where either is unknown, or clients have different cuts."""
-    if files.metrics is None or (files.metrics.cut is not None and files.metrics.cut.by_client):
+    """Say what holding the whole model would store: both sides together; ``None`` where either is unknown."""
+    if files.metrics is None:
         return None
-    client, server = (own.get("stored_bytes") for own in (files.metrics.cost.client, files.metrics.cost.server))
+    cost, cut = files.metrics.cost, files.metrics.cut
+    if (told := cost.whole.get("stored_bytes")) is not None:
+        return told
+    if cut is not None and cut.by_client:
+        return None  # each side's largest are of different cuts
+    client, server = cost.client.get("stored_bytes"), cost.server.get("stored_bytes")
     return None if client is None or server is None else client + server
 
 
 def cost_section(files: RunFiles) -> Section:
     """Say what the run cost either side."""
-    parts: list[Part] = [_sides(files)]
-    if files.metrics is None or files.metrics.cost.client.get("peak_rss_bytes") is None:
-        parts.append(
-            Paragraph(
-                (
-                    "Peak memory can be told apart only where client and server are two processes (",
-                    Code("pplr train --kit"),
-                    "); operations are not counted. ",
-                    Code(f"pplr plan {said(files.config.backbone.model)}"),
-                    " works out memory and compute of other cuts.",
-                ),
-                "note",
-            )
-        )
+    parts: list[Part] = [_sides(files), Paragraph(_note(files), "note")]
     parts += [_time_and_wire(files), *_by_client(files)]
     return Section("cost", "What it cost", parts)
 
 
+def _note(files: RunFiles) -> Text:
+    """Say what the figures of the sides are, and why some are missing."""
+    cost = files.metrics.cost if files.metrics else None
+    told: list[str | Cell | Code | Link] = []
+    if cost is not None and cost.client.get("train_flops") is not None:
+        told += [
+            "Training compute is worked out from the samples that were trained on, and not measured: products of "
+            "matrices, two operations for each multiply-add, forward and backward, of all clients and rounds together; "
+            "without padding and what is computed again. ",
+        ]
+    else:
+        told.append("Training compute was not worked out for this run. ")
+    if cost is None or cost.client.get("peak_rss_bytes") is None:
+        told += [
+            "Peak memory can be told apart only where client and server are two processes (",
+            Code("pplr train --kit"),
+            "). ",
+        ]
+    told += [Code(f"pplr plan {said(files.config.backbone.model)}"), " works out memory and compute of other cuts."]
+    return told
+
+
 def _sides(files: RunFiles) -> Table:
     cost, whole = files.metrics.cost if files.metrics else None, whole_bytes(files)
+    uncut = cost.whole if cost else {}
+    names = {"client": "client", "server": "server", "whole": "the whole model in one place"}
     rows: list[Sequence[Cell | str]] = []
-    for party in ("client", "server"):
+    for party, name in names.items():
         own = getattr(cost, party) if cost else {}
-        stored = own.get("stored_bytes")
-        share = None if not whole or stored is None else stored / whole
-        peak, flops = bytes_cell(own.get("peak_rss_bytes")), count_cell(own.get("train_flops"))
-        rows.append((party, bytes_cell(stored), share_cell(share), peak, flops))
-    nothing = bytes_cell(None)
-    rows.append(
-        ("the whole model in one place", bytes_cell(whole), share_cell(1.0 if whole else None), nothing, nothing)
-    )
-    columns = ("", "stored, frozen tensors", "of the whole", "peak memory", "training FLOPs")
+        stored = whole if party == "whole" else own.get("stored_bytes")
+        flops = own.get("train_flops")
+        rows.append(
+            (
+                name,
+                bytes_cell(stored),
+                share_cell(_part(stored, whole)),
+                bytes_cell(own.get("peak_rss_bytes")),
+                count_cell(flops),
+                share_cell(_part(flops, uncut.get("train_flops"))),
+            )
+        )
+    columns = ("", "stored, frozen tensors", "of the whole", "peak memory", WORKED_OUT, "of the whole's FLOPs")
     return Table("Each side, beside holding the whole model", columns, rows, ruled=[2])
+
+
+def _part(own: float | int | None, whole: float | int | None) -> float | None:
+    return None if own is None or not whole else own / whole
 
 
 def _time_and_wire(files: RunFiles) -> Table:

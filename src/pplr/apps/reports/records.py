@@ -51,6 +51,7 @@ class _Tested(_Told):
 class _Cost(_Told):
     client: _Figures = {}
     server: _Figures = {}
+    whole: _Figures = {}
     wire: _Figures = {}
 
 
