@@ -15,6 +15,7 @@ from pplr.runtimes.middles import Middles
 from pplr.runtimes.orders import OrderDesk, greeting
 from pplr.runtimes.parcels import Parcel
 from pplr.runtimes.participant import Participant
+from pplr.runtimes.training_flops import SIDES, summed_flops
 
 Answer = Callable[[str, bytes], bytes | None]
 
@@ -84,6 +85,9 @@ def same_run(parties: Parties, run) -> None:
             assert (parties.folder / "clients" / name / path.name).read_bytes() == path.read_bytes()
         tested = dict(parties.tests[name]["tested"])
         assert tested == run.metrics["clients"][name]
+    flops = summed_flops([parties.tests[name]["train_flops"] for name in parties.participants])
+    assert flops == {side: run.metrics["cost"][side]["train_flops"] for side in SIDES}
+    assert flops["whole"]
 
 
 def altered(found: Parties, whom: str, change: Callable[[Parcel], Parcel]) -> Answer:

@@ -368,3 +368,18 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(parties) -> None:
     assert any("is damaged" in note for note in found.notes)
     assert set(found.server.records[1]["clients"]) == {"0", "1", "2"}
     shutil.rmtree(found.folder)
+
+
+def test_clients_say_what_their_training_took_in_the_rounds_that_count(parties) -> None:
+    found = parties("federation.rounds=1")
+    found.round()
+    told = found.desk.take_tests(found.send(found.desk.test_orders()))
+    assert found.notes == []
+    for own in told.values():
+        flops = own["train_flops"]
+        assert flops["client"] + flops["server"] == flops["whole"] > 0
+    orders = found.desk.test_orders()
+    order = Parcel.unpack(orders["1"], whose="the server")
+    assert order.told["trained"] == [0]
+    with pytest.raises(WireError, match="after server rounds"):
+        found.participants["1"].answer(Parcel(order.kind, dict(order.told) | {"trained": ["x"]}))

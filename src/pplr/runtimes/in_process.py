@@ -221,6 +221,8 @@ def _metrics(run: Run, assembly: Assembly, found: Mapping[str, Evaluation]) -> d
 def _flops(run: Run, assembly: Assembly) -> dict[str, int | None]:
     """Add up what the training of all clients took on each side, worked out; ``None`` where that cannot be."""
     records = run.rounds
+    if not records:
+        return summed_flops([])
     told = [training_flops(assembly, name, trained_rounds(records, name)) for name in assembly.trainers]
     return summed_flops([None if own is None else asdict(own) for own in told])
 

@@ -22,6 +22,7 @@ from pplr.recommend.evaluation import evaluate
 from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.parcels import Parcel
 from pplr.runtimes.training_flops import training_flops
+from pplr.stages.flops import Flops
 from pplr.stages.transport import Traffic
 
 __all__ = ["HELLO", "TEST", "TRAIN", "VALIDATE", "Participant"]
@@ -128,16 +129,21 @@ class Participant:
         finally:
             assembly.dismiss(self.name, "test")
         client_bytes, server_bytes = assembly.model_of(self.name).stored_bytes()
-        trained = order.told.get("trained", [])
-        if not isinstance(trained, list) or not all(isinstance(one, int) and one >= 0 for one in trained):
-            raise WireError(f"an order to test after server rounds {str(trained)[:200]}", cure=_SAME)
-        flops = training_flops(assembly, self.name, trained)
+        flops = self._flops(order.told.get("trained"))
         told = {
             "tested": found.by_client()[self.name],
             "stored_bytes": {"client": client_bytes, "server": server_bytes},
             "train_flops": None if flops is None else asdict(flops),
         }
         return Parcel(TEST, told)
+
+    def _flops(self, trained: Any) -> Flops | None:
+        """Work out what training took in the rounds that the server counts; ``None`` where it names none."""
+        if trained is None:
+            return None
+        if not isinstance(trained, list) or not all(type(one) is int and one >= 0 for one in trained):
+            raise WireError(f"an order to test after server rounds {str(trained)[:200]}", cure=_SAME)
+        return training_flops(self._assembly, self.name, trained)
 
     # -- where the client stands --------------------------------------------------------------------------------
 
