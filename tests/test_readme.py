@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,12 @@ def test_the_commands_of_the_table_exist() -> None:
     names |= {group.name for group in app.registered_groups if group.name}
     told = set(re.findall(r"^\| `pplr (\w+)", README, flags=re.MULTILINE))
     assert told == names
+
+
+def test_every_extra_of_a_user_is_named() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    (told,) = re.findall(r"names its extra: (.*?)\.\n", README, flags=re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", told)) == set(extras) - {"docs", "dev"}
 
 
 def test_every_reference_that_the_code_cites_is_in_the_bibliography() -> None:

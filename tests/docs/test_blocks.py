@@ -31,6 +31,8 @@ REFUSED = (
 )
 RUN_ELSEWHERE = {"README.md": "tests/test_readme.py"}
 """Pages whose Python is run by a test of their own, which looks at what it prints."""
+NO_EXTRA_BRINGS = {"mlflow ui": "mlflow"}
+"""Commands of packages that no extra installs, so the block that has one must: mlflow-skinny has no server."""
 
 
 def check_sh(block: Block) -> None:
@@ -38,6 +40,10 @@ def check_sh(block: Block) -> None:
     assert found, "a block without a command"
     for words in found:
         check_command(words)
+        called = [word for word in words if not re.fullmatch(r"[A-Z_]+=.*", word)]
+        if package := NO_EXTRA_BRINGS.get(" ".join(called[:2])):
+            installed = {word for own in found if own[:2] == ["pip", "install"] for word in own[2:]}
+            assert package in installed, f"nobody installs {package}"
 
 
 def check_yaml(block: Block) -> None:
@@ -126,6 +132,7 @@ def test_python_that_is_run_elsewhere_is_run() -> None:
         ("sh", "docker compose run nobody train"),
         ("sh", "docker compose run authority trian"),
         ("sh", "HERE=1 nothing"),
+        ("sh", "pip install 'pplr[mlflow]'\nHERE=1 mlflow ui"),
         ("yaml", "training: {rate: 1}"),
         ("python", "import pplr"),
         ("pycon", ">>> 1 + 1\n3\n"),
