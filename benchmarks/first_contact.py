@@ -177,6 +177,7 @@ def main() -> None:
         settings = pip_settings(clone / ".venv" / "bin" / "python", surroundings(Path(folder)))
         demo = demo_result(clone / RUN_DIR)
     content = {
+        "command": "python -m benchmarks.first_contact",  # without --pip-args, which may name a host
         "rows": [],
         "minutes": minutes,
         "cores": cores,

@@ -15,6 +15,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from tests.docs.pages import blocks, commands
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -57,6 +59,20 @@ def test_the_demo_trains_and_recommends(tiny_quickstart: Path) -> None:
         assert result.exit_code == 0, result.output
     assert "history of user u3" in result.output
     assert len(result.output.split("rank")[1].splitlines()) > 10
+
+
+def test_the_installed_package_leads_from_a_configuration_to_a_recommendation(tiny_quickstart: Path) -> None:
+    from pplr.apps.cli import app
+
+    (block,) = (own for own in blocks(ROOT / "README.md") if own.kind == "sh" and "pplr init" in own.text)
+    for program, *words in commands(block):
+        assert program == "pplr"
+        if words[0] == "train":  # what `init` wrote is of real size
+            assert Path("quickstart.yaml").read_bytes() == (ROOT / "configs" / "quickstart.yaml").read_bytes()
+            shutil.copy("configs/quickstart.yaml", "quickstart.yaml")
+        result = CliRunner().invoke(app, ["u3" if word == "50" else word for word in words])
+        assert result.exit_code == 0, result.output
+    assert "history of user u3" in result.output
 
 
 def test_the_python_snippet_runs_as_it_stands(tiny_quickstart: Path) -> None:

@@ -29,6 +29,24 @@ REFUSED = (
     ValidationError,
     click.UsageError,
 )
+CARRIED_OUT = {
+    "README.md": ("tests/test_readme.py", "tests/docs/test_carried_out.py"),
+    "docs/deploy.md": ("tests/end_to_end/test_deploy_page.py", "tests/end_to_end/test_containers.py"),
+    "docs/dp.md": ("tests/docs/test_carried_out.py",),
+    "docs/howto/audit.md": ("tests/docs/test_howto.py",),
+    "docs/howto/choose_a_cut.md": ("tests/docs/test_howto.py",),
+    "docs/howto/own_data.md": ("tests/docs/test_howto.py",),
+    "docs/howto/own_model.md": ("tests/docs/test_howto.py",),
+    "docs/howto/resume.md": ("tests/docs/test_howto.py",),
+    "docs/privacy.md": ("tests/docs/test_carried_out.py",),
+    "docs/report.md": ("tests/docs/test_carried_out.py",),
+    "docs/runtimes.md": ("tests/docs/test_carried_out.py", "tests/end_to_end/test_flower_simulation.py"),
+    "docs/trackers.md": ("tests/docs/test_carried_out.py",),
+    "docs/web.md": ("tests/apps/web/test_command.py",),
+}
+"""Pages with commands of `pplr` or of compose, and the tests that carry them out."""
+PARSED_ALONE = {"pip", "python", "make", "tensorboard", "mlflow"}
+"""Programs whose commands nobody runs: CONTRIBUTING.md says why."""
 RUN_ELSEWHERE = {"README.md": "tests/test_readme.py"}
 """Pages whose Python is run by a test of their own, which looks at what it prints."""
 NO_EXTRA_BRINGS = {"mlflow ui": "mlflow"}
@@ -104,6 +122,28 @@ def test_every_block_is_what_it_says(block: Block, monkeypatch: pytest.MonkeyPat
 def test_every_name_between_backticks_is_there(page: Path) -> None:
     for span in spans(page):
         check_span(span)
+
+
+def test_every_page_with_a_command_has_a_test_that_carries_it_out() -> None:
+    found = {
+        str(block.page.relative_to(ROOT))
+        for block in BLOCKS
+        if block.kind == "sh" and not {program(words) for words in commands(block)} <= PARSED_ALONE
+    }
+    assert found == set(CARRIED_OUT)
+    for page, tests in CARRIED_OUT.items():
+        for test in tests:
+            assert reads(test, page), f"{test} does not read {page}"
+
+
+def program(words: list[str]) -> str:
+    return next(word for word in words if not re.fullmatch(r"[A-Z_]+=.*", word))
+
+
+def reads(test: str, page: str) -> bool:
+    """Whether a test names a page, itself or by the constant of tests/end_to_end/walk.py."""
+    text = (ROOT / test).read_text(encoding="utf-8")
+    return f'"{Path(page).name}"' in text or (page == "docs/deploy.md" and "import PAGE" in text)
 
 
 def test_python_that_is_run_elsewhere_is_run() -> None:
