@@ -22,6 +22,12 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && pip check
 
 FROM python:${PYTHON_VERSION}-slim-bookworm
+# What implicit is linked with, and slim images lack. Not pinned: Debian keeps the newest of a release alone, and the base
+# image's tag is not pinned to one day either.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends libgomp1 \
+    && rm -rf /var/lib/apt/lists/*
 RUN groupadd --gid 1000 pplr && useradd --uid 1000 --gid 1000 --home-dir /work --create-home pplr
 COPY --from=build /opt/pplr /opt/pplr
 # The root file system may be read-only: what is written besides the mounted folders goes below /tmp.

@@ -1,4 +1,4 @@
-# The two commands: `make demo` runs the main job on real data with a real model, `make test` passes the tests.
+# The two commands: `make demo` runs the main job on real data with a real model, `make test` checks everything.
 # Each makes .venv when it is missing. Other packages sources: make PIP_ARGS="--extra-index-url URL" demo
 
 PYTHON ?= python3
@@ -29,7 +29,7 @@ demo: $(VENV)/.installed ## Train five clients on MovieLens-100K, the model cut 
 	$(BIN)/pplr train $(QUICKSTART) --run-dir $(RUN_DIR)
 	$(BIN)/pplr recommend $(RUN_DIR) --user $(USER_ID)
 
-test: check ## Run everything that CI runs.
+test: check ## The same as check; what .ci/run runs.
 
 check: $(VENV)/.installed ## Lint, types, layers, tests and doctests.
 	$(BIN)/ruff check src tests benchmarks docs examples
@@ -47,7 +47,7 @@ docs: $(VENV)/.installed ## Build the site into build/docs, warnings as errors; 
 fuzz: $(VENV)/.installed ## Send a million altered messages to a stage server, as a nightly job does.
 	PPLR_FUZZ_MESSAGES=$(FUZZ_MESSAGES) $(BIN)/python tests/runtimes/fuzz_codec.py
 
-wheel-check: $(VENV)/.installed ## Install the built wheel alone into an empty environment, and do the main job there.
+wheel-check: $(VENV)/.installed ## Do the main job in an empty environment, with the built wheel and with `pip install .`.
 	$(BIN)/python -m tests.packaging.wheel_check --pip-args='$(PIP_ARGS)'
 
 clean: ## Remove the environment, the runs and the site.

@@ -94,6 +94,15 @@ def compared(audits: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def told(found: dict[str, Any]) -> str:
+    """Say in a line what an audit found; ``docs/dp.md`` shows those of the committed result."""
+    claim = "none" if found["claimed_epsilon"] is None else f"{found['claimed_epsilon']:.3f}"
+    return (
+        f"noise {found['noise_multiplier']}: claimed ε {claim}, at least {found['lower_bound']:.3f} "
+        f"({found['correct']} of {found['guesses']} guesses right), {found['seconds']:.0f} s"
+    )
+
+
 def main() -> None:
     """Audit each noise multiplier, and training without noise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -112,12 +121,7 @@ def main() -> None:
             private = config.privacy.dp.model_copy(update={"noise_multiplier": noise})
             own = config.model_copy(update={"privacy": config.privacy.model_copy(update={"dp": private})})
             rows.append(audit(assembly, own, arguments.client, arguments.canaries, arguments.seed))
-            row = rows[-1]
-            claim = "none" if row["claimed_epsilon"] is None else f"{row['claimed_epsilon']:.3f}"
-            print(
-                f"noise {noise}: claimed ε {claim}, at least {row['lower_bound']:.3f} "
-                f"({row['correct']} of {row['guesses']} guesses right), {row['seconds']:.0f} s"
-            )
+            print(told(rows[-1]))
     except PplrError as error:
         sys.exit(f"error: {error}")
     write_result("dp_audit", {"client": arguments.client, "rows": compared(rows), "audits": rows})

@@ -3,6 +3,8 @@
 A grid is a YAML file of trials, each a list of settings. Test cases are measured by no trial.
 
     python -m benchmarks.tune configs/games_item_vectors.yaml --grid benchmarks/grids/games.yaml --name games
+
+The data lie in ``data/amazon-games-2018``, or where ``--set data.path=FOLDER`` says.
 """
 
 from __future__ import annotations

@@ -45,6 +45,23 @@ def test_a_shipped_configuration_is_valid_and_names_what_exists(path: Path) -> N
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_data_that_is_not_fetched_lies_below_the_users_own_folder(path: Path, tmp_path: Path) -> None:
+    copy = tmp_path / path.name  # as `pplr init` writes it
+    copy.write_bytes(path.read_bytes())
+    given = load_config(copy).data.path
+    if given is None:
+        assert load_config(path).data.source == "movielens-100k"
+        return
+    assert not given.is_absolute()
+    assert ".." not in given.parts
+    (tmp_path / given).mkdir(parents=True)
+    assert load_config(copy).data.path == tmp_path.resolve() / given
+    page = (ROOT / "docs" / "howto" / "own_data.md").read_text(encoding="utf-8")
+    assert f"`{given}`" in page
+    assert f"`{path.stem}`" in page
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_shipped_configuration_trains_when_its_data_and_model_are_made_small(
     path: Path, data_folder: Path, model_folder: Path, encoder_folder: Path, tmp_path: Path
 ) -> None:

@@ -8,11 +8,14 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 from typer.testing import CliRunner
+
+from tests.docs.pages import blocks, commands
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,6 +61,20 @@ def test_the_demo_trains_and_recommends(tiny_quickstart: Path) -> None:
     assert len(result.output.split("rank")[1].splitlines()) > 10
 
 
+def test_the_installed_package_leads_from_a_configuration_to_a_recommendation(tiny_quickstart: Path) -> None:
+    from pplr.apps.cli import app
+
+    (block,) = (own for own in blocks(ROOT / "README.md") if own.kind == "sh" and "pplr init" in own.text)
+    for program, *words in commands(block):
+        assert program == "pplr"
+        if words[0] == "train":  # what `init` wrote is of real size
+            assert Path("quickstart.yaml").read_bytes() == (ROOT / "configs" / "quickstart.yaml").read_bytes()
+            shutil.copy("configs/quickstart.yaml", "quickstart.yaml")
+        result = CliRunner().invoke(app, ["u3" if word == "50" else word for word in words])
+        assert result.exit_code == 0, result.output
+    assert "history of user u3" in result.output
+
+
 def test_the_python_snippet_runs_as_it_stands(tiny_quickstart: Path) -> None:
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(snippets) == 1
@@ -90,6 +107,12 @@ def test_the_commands_of_the_table_exist() -> None:
     names |= {group.name for group in app.registered_groups if group.name}
     told = set(re.findall(r"^\| `pplr (\w+)", README, flags=re.MULTILINE))
     assert told == names
+
+
+def test_every_extra_of_a_user_is_named() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    (told,) = re.findall(r"names its extra: (.*?)\.\n", README, flags=re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", told)) == set(extras) - {"docs", "dev"}
 
 
 def test_every_reference_that_the_code_cites_is_in_the_bibliography() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +50,12 @@ def spans(page: Path) -> Iterator[str]:
         for child in token.children or ():
             if child.type == "code_inline":
                 yield child.content
+
+
+def told(page: Path, here: Mapping[str, str]) -> list[list[str]]:
+    """The commands of a page's blocks of kind ``sh`` from top to bottom, some words in the place of others."""
+    found = [words for block in blocks(page) if block.kind == "sh" for words in commands(block)]
+    return [[here.get(word, word) for word in words] for words in found]
 
 
 def commands(block: Block) -> list[list[str]]:

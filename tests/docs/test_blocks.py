@@ -29,8 +29,28 @@ REFUSED = (
     ValidationError,
     click.UsageError,
 )
+CARRIED_OUT = {
+    "README.md": ("tests/test_readme.py", "tests/docs/test_carried_out.py"),
+    "docs/deploy.md": ("tests/end_to_end/test_deploy_page.py", "tests/end_to_end/test_containers.py"),
+    "docs/dp.md": ("tests/docs/test_carried_out.py",),
+    "docs/howto/audit.md": ("tests/docs/test_howto.py",),
+    "docs/howto/choose_a_cut.md": ("tests/docs/test_howto.py",),
+    "docs/howto/own_data.md": ("tests/docs/test_howto.py",),
+    "docs/howto/own_model.md": ("tests/docs/test_howto.py",),
+    "docs/howto/resume.md": ("tests/docs/test_howto.py",),
+    "docs/privacy.md": ("tests/docs/test_carried_out.py",),
+    "docs/report.md": ("tests/docs/test_carried_out.py",),
+    "docs/runtimes.md": ("tests/docs/test_carried_out.py", "tests/end_to_end/test_flower_simulation.py"),
+    "docs/trackers.md": ("tests/docs/test_carried_out.py",),
+    "docs/web.md": ("tests/apps/web/test_command.py",),
+}
+"""Pages with commands of `pplr` or of compose, and the tests that carry them out."""
+PARSED_ALONE = {"pip", "python", "make", "tensorboard", "mlflow"}
+"""Programs whose commands nobody runs: CONTRIBUTING.md says why."""
 RUN_ELSEWHERE = {"README.md": "tests/test_readme.py"}
 """Pages whose Python is run by a test of their own, which looks at what it prints."""
+NO_EXTRA_BRINGS = {"mlflow ui": "mlflow"}
+"""Commands of packages that no extra installs, so the block that has one must: mlflow-skinny has no server."""
 
 
 def check_sh(block: Block) -> None:
@@ -38,6 +58,10 @@ def check_sh(block: Block) -> None:
     assert found, "a block without a command"
     for words in found:
         check_command(words)
+        called = [word for word in words if not re.fullmatch(r"[A-Z_]+=.*", word)]
+        if package := NO_EXTRA_BRINGS.get(" ".join(called[:2])):
+            installed = {word for own in found if own[:2] == ["pip", "install"] for word in own[2:]}
+            assert package in installed, f"nobody installs {package}"
 
 
 def check_yaml(block: Block) -> None:
@@ -100,6 +124,28 @@ def test_every_name_between_backticks_is_there(page: Path) -> None:
         check_span(span)
 
 
+def test_every_page_with_a_command_has_a_test_that_carries_it_out() -> None:
+    found = {
+        str(block.page.relative_to(ROOT))
+        for block in BLOCKS
+        if block.kind == "sh" and not {program(words) for words in commands(block)} <= PARSED_ALONE
+    }
+    assert found == set(CARRIED_OUT)
+    for page, tests in CARRIED_OUT.items():
+        for test in tests:
+            assert reads(test, page), f"{test} does not read {page}"
+
+
+def program(words: list[str]) -> str:
+    return next(word for word in words if not re.fullmatch(r"[A-Z_]+=.*", word))
+
+
+def reads(test: str, page: str) -> bool:
+    """Whether a test names a page, itself or by the constant of tests/end_to_end/walk.py."""
+    text = (ROOT / test).read_text(encoding="utf-8")
+    return f'"{Path(page).name}"' in text or (page == "docs/deploy.md" and "import PAGE" in text)
+
+
 def test_python_that_is_run_elsewhere_is_run() -> None:
     for page, test in RUN_ELSEWHERE.items():
         assert page in (ROOT / test).read_text(encoding="utf-8")
@@ -126,6 +172,7 @@ def test_python_that_is_run_elsewhere_is_run() -> None:
         ("sh", "docker compose run nobody train"),
         ("sh", "docker compose run authority trian"),
         ("sh", "HERE=1 nothing"),
+        ("sh", "pip install 'pplr[mlflow]'\nHERE=1 mlflow ui"),
         ("yaml", "training: {rate: 1}"),
         ("python", "import pplr"),
         ("pycon", ">>> 1 + 1\n3\n"),

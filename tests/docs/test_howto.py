@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +37,25 @@ def configuration(page: str) -> dict:
     return told
 
 
+def write_games(folder: Path) -> None:
+    """Write a few reviews and titles as Amazon's files of 2018 have them: five kinds of players and games."""
+    folder.mkdir(parents=True)
+    reviews = [
+        {
+            "reviewerID": f"r{kind}{user}",
+            "asin": f"g{kind}{(user + at) % 7}",
+            "overall": 5.0,
+            "unixReviewTime": at,
+        }
+        for kind in range(5)
+        for user in range(8)
+        for at in range(5)
+    ]
+    games = [{"asin": f"g{kind}{game}", "title": f"Game {kind}.{game}"} for kind in range(5) for game in range(7)]
+    for name, rows in (("Video_Games_5", reviews), ("meta_Video_Games", games)):
+        (folder / f"{name}.json.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+
+
 @pytest.fixture(scope="module")
 def carry_out(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[Callable[[str], str]]:
     """Carry out every command of a page in one folder, which pages share, and return what they printed."""
@@ -44,7 +65,7 @@ def carry_out(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> I
     told = configuration("own_data.md")
     told["backbone"]["model"] = "models/our-llama"
     (folder / "library.yaml").write_text(yaml.safe_dump(told))
-    (folder / "shelf").mkdir()
+    write_games(folder / "data" / "amazon-games-2018")
 
     def carry_out(page: str) -> str:
         printed = ""
@@ -72,6 +93,7 @@ def library(carry_out: Callable[[str], str]) -> str:
 def test_own_data_leads_from_a_table_to_lists(library: str) -> None:
     assert "run folder: runs/library" in library
     assert "14 users, 12 items" in library
+    assert re.search(r"interactions +200\n", library)  # the games, read as they come
     run = pplr.open_run("runs/library")
     assert sum(client["users"] for client in run.metrics["clients"].values()) == 14
     assert len(run.rounds) == 2

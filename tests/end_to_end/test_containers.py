@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
+from cryptography import x509
+from typer.testing import CliRunner
 
+from pplr.apps.cli import app
 from pplr.storage import sha256_file
 from tests.end_to_end.composition import ROOT, Composition, services
 from tests.end_to_end.walk import PAGE, write_federation
@@ -58,6 +64,16 @@ def test_the_image_is_pinned_and_runs_without_rights() -> None:
     assert "0" not in user
     assert final.index("USER ") < final.index("ENTRYPOINT ")
     assert not re.search(r"^(ADD|COPY \.)", DOCKERFILE, re.M)
+
+
+def test_the_image_has_what_its_packages_are_linked_with() -> None:
+    final = DOCKERFILE.rpartition("\nFROM ")[2]
+    installed = set(re.findall(r"apt-get install ([^&]*)", final)[0].split())
+    assert final.index("apt-get install") < final.index("USER ")
+    library = re.compile(rb"\blibgomp\.so\.1\b")
+    (folder,) = find_spec("implicit").submodule_search_locations
+    if any(library.search(path.read_bytes()) for path in Path(folder).rglob("*.so")):
+        assert "libgomp1" in installed
 
 
 def test_the_image_is_built_from_what_is_there_and_sent_to_the_daemon() -> None:
@@ -129,10 +145,28 @@ def test_a_client_sees_its_own_folder_and_reaches_the_server_alone() -> None:
 # -- what it runs -------------------------------------------------------------------------------------------------
 
 
+def test_on_machines_of_their_own_the_certificate_has_every_name_that_the_compose_file_fixes(tmp_path: Path) -> None:
+    section = PAGE.read_text(encoding="utf-8").partition("### Each party on its own machine")[2].partition("\n## ")[0]
+    (init,) = re.findall(r"^docker compose run --rm authority (enroll init .*)$", section, re.M)
+    with contextlib.chdir(tmp_path):
+        result = CliRunner().invoke(app, shlex.split(init))
+    assert result.exit_code == 0, result.output
+    certificate = x509.load_pem_x509_certificate((tmp_path / "federation" / "server" / "server.crt").read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    server = services()["server"]
+    (address,) = (word.partition("=")[2] for word in server["command"] if word.startswith("--address="))
+    (health,) = re.findall(r"--stage-server (\S+)", server["healthcheck"]["test"])
+    (client,) = re.findall(r"^PPLR_SERVER=(\S+) docker compose up", section, re.M)
+    (kits,) = re.findall(r"--address (\S+)", init)
+    fixed = {own.partition(":")[0] for own in (address, health, client, kits)}
+    assert fixed == {"server", "localhost", "fed.example.org"}
+    assert fixed <= set(names.get_values_for_type(x509.DNSName))
+
+
 @pytest.mark.slow
 def test_the_commands_of_the_compose_file_are_a_federation(tmp_path: Path) -> None:
     pytest.importorskip("flwr")
-    section = PAGE.read_text(encoding="utf-8").partition("## With containers")[2].partition("\n## ")[0]
+    section = PAGE.read_text(encoding="utf-8").partition("## With containers")[2].partition("\n##")[0]
     commands = [line for block in re.findall(r"```sh\n(.*?)```", section, re.S) for line in block.splitlines()]
     assert len(commands) > 20
     (tmp_path / "shops" / "authority").mkdir(parents=True)

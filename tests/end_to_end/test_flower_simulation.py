@@ -15,10 +15,13 @@ import pytest
 
 from pplr.runtimes import in_process
 from pplr.testing import same_adapters
+from tests.docs.pages import DOCS, blocks, commands
 
 pytest.importorskip("ray")
 SETTINGS = ("federation.rounds=3", "federation.participation=0.7")
-SIMULATED = ("runtime.name=flower_simulation", "runtime.deadline_s=300")
+PAGE = DOCS / "runtimes.md"
+((_, TRAIN, _, *SIMULATED),) = next(found for found in map(commands, blocks(PAGE)) if len(found) == 1)
+"""The page's command, whose configuration is replaced by a tiny one."""
 LIMIT_S = 300
 
 
@@ -33,8 +36,8 @@ def command(config, tmp_path: Path) -> Callable[..., list[str]]:
 
     def make(folder: Path, settings: Sequence[str], *more: str) -> list[str]:
         path = tmp_path / "config.yaml"
-        path.write_text(config(*settings, *SIMULATED).to_yaml())
-        return [sys.executable, "-m", "pplr.apps.cli", "train", str(path), "--run-dir", str(folder), *more]
+        path.write_text(config(*settings, "runtime.deadline_s=300").to_yaml())
+        return [sys.executable, "-m", "pplr.apps.cli", TRAIN, str(path), *SIMULATED, "--run-dir", str(folder), *more]
 
     return make
 

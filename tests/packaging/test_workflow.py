@@ -67,3 +67,14 @@ def test_it_runs_what_a_contributor_runs_on_every_python() -> None:
     assert {"docs", "wheel-check"} == called
     assert called - {"docs"} <= targets
     assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_the_image_is_built_with_torch_for_cpus_and_loads_what_is_linked_with_the_system() -> None:
+    workflow = read(ROOT / ".github" / "workflows" / "ci.yml")
+    steps = [step.get("run", "") for step in workflow["jobs"]["image"]["steps"]]
+    (build,) = (step for step in steps if step.startswith("docker compose build"))
+    (argument,) = re.findall(r"--build-arg (\w+)=\S+/cpu ", build)
+    assert f"\nARG {argument}=" in (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    alone = [step for step in steps if step.endswith('-c "import implicit.cpu.als"')]
+    assert len(alone) == 1  # in a process that loads no torch, which brings a copy of libgomp
+    assert " --entrypoint python pplr " in alone[0]

@@ -1,4 +1,4 @@
-"""Build the wheel, install it without extras into an empty environment, and do the main job there.
+"""Do the main job in an empty environment without extras: with the built wheel, and again after `pip install .`.
 
 python -m tests.packaging.wheel_check [--constraint FILE] [--pip-args ...]: minutes, most of them for torch. `make
 wheel-check` runs it under constraints.txt.
@@ -43,17 +43,28 @@ def check(folder: Path, constraint: Path, pip_args: list[str]) -> None:
     (wheel,) = (folder / "dist").glob("*.whl")
     venv.create(folder / "empty", with_pip=True)
     inside = folder / "empty" / "bin"
-    install = [inside / "python", "-m", "pip", "install", "--quiet", *pip_args, "--constraint", constraint, wheel]
-    call(install, folder)
-    call([inside / "python", "-m", "pip", "check"], folder)
-    there = f"from importlib.util import find_spec; print([name for name in {ABSENT} if find_spec(name)])"
-    call([inside / "python", "-c", there], folder, says="[]")
-    call([inside / "python", "-c", "import pplr; print(pplr.__file__)"], folder, says=str(folder / "empty"))
+    pip = [inside / "python", "-m", "pip"]
+    install = [*pip, "install", "--quiet", *pip_args, "--constraint", constraint]
     tiny_decoder(layers=3, width=16).save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     write_atomic_files(folder / "data" / "tiny")
+    call([*install, wheel], folder)
+    do_main_job(folder, folder / "wheel alone")
+    call([*pip, "uninstall", "--quiet", "--yes", "pplr"], folder)
+    call([*install, "."], ROOT)
+    do_main_job(folder, folder / "from the source")
+
+
+def do_main_job(folder: Path, within: Path) -> None:
+    """Do it with what is installed in the empty environment, in a folder of its own."""
+    within.mkdir()
+    inside = folder / "empty" / "bin"
+    call([inside / "python", "-m", "pip", "check"], within)
+    there = f"from importlib.util import find_spec; print([name for name in {ABSENT} if find_spec(name)])"
+    call([inside / "python", "-c", there], within, says="[]")
+    call([inside / "python", "-c", "import pplr; print(pplr.__file__)"], within, says=str(folder / "empty"))
     for step in main_job(folder / "data" / "tiny", folder / "model"):
-        call([inside / "pplr", *step.arguments], folder, step.code, step.says)
+        call([inside / "pplr", *step.arguments], within, step.code, step.says)
 
 
 def main() -> None:
@@ -64,7 +75,7 @@ def main() -> None:
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         check(Path(folder).resolve(), chosen.constraint.resolve(), shlex.split(chosen.pip_args))
-    print("the wheel does the main job in an empty environment")
+    print("the main job is done in an empty environment, with the wheel and after `pip install .`")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pplr.config import Config
 from pplr.runtimes.in_process import train
 from pplr.runtimes.run import Run
 from tests.apps.conftest import LIMIT_S
+from tests.docs.pages import DOCS, told
 
 ROOT = Path(__file__).parents[3]
 MARKUP = "<img src=x onerror=\"alert('run')\"> <script>alert('run')</script> Elm"
@@ -49,25 +50,26 @@ def marked(tmp_path_factory: pytest.TempPathFactory, marked_config: Config) -> R
 def serving(folder: Path) -> Iterator[str]:
     """Serve a run's page in a process of its own, and give its address."""
     port = _free_port()
+    page = told(DOCS / "web.md", {"RUN_DIR": str(folder), "8900": str(port)})[1]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "pplr.apps.cli", "web", str(folder), "--port", str(port)],
+        [sys.executable, "-m", "pplr.apps.cli", *page[1:]],
         cwd=folder.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     lines: list[str] = []
-    told = threading.Event()
+    ready = threading.Event()
 
     def read() -> None:
         for line in process.stdout or ():
             lines.append(line)
             if "open http" in line:
-                told.set()
-        told.set()
+                ready.set()
+        ready.set()
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     try:
-        assert told.wait(LIMIT_S), "the server did not start"
+        assert ready.wait(LIMIT_S), "the server did not start"
         found = re.search(r"open (http://\S+)", "".join(lines))
         assert found, "".join(lines)
         yield found[1]

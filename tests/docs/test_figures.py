@@ -1,0 +1,114 @@
+"""Figures that stand on pages written by hand are those of a committed result."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from _generate.leakage import leakage_table
+
+from benchmarks.dp_audit import told
+from benchmarks.measuring import RESULTS
+from tests.docs.pages import DOCS, ROOT, blocks
+
+PRIVACY = (DOCS / "privacy.md").read_text(encoding="utf-8")
+
+
+def read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def rows_after(heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading, without its head."""
+    lines = PRIVACY.partition(f"\n## {heading}\n")[2].splitlines()
+    start = next(at for at, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def short(value: float, digits: int = 2) -> str:
+    return re.sub(r"^0", "", f"{value:.{digits}f}")
+
+
+def metric(audits: list[dict[str, Any]], audit: str, name: str, knowledge: str = "own") -> str:
+    found = [own[name]["mean"] for own in audits if (own["audit"], own["knowledge"]) == (audit, knowledge)]
+    return short(found[0]) if found else ""
+
+
+def test_what_noise_hides_is_what_was_measured() -> None:
+    (seed,) = read(ROOT / "results" / "privacy" / "item-vectors-states.json")["seeds"]
+    by_guard: dict[str | None, list[dict[str, Any]]] = {}
+    for setting in seed["settings"]:
+        by_guard.setdefault(setting["guard"], []).append(setting)
+    expected = []
+    for guard, (one, twelve) in by_guard.items():
+        assert (one["passes"], twelve["passes"]) == (1, 12)
+        worth = one["worth"] if guard else next(own["worth_unguarded"] for own in seed["settings"] if own["guard"])
+        read_of = [metric(own["audits"], "vocabulary_matching", "item_f1") for own in (one, twelve)]
+        expected.append([short(worth["mean"], 4), *read_of, metric(one["audits"], "label_gradients", "target_hit@1")])
+    guess = short(seed["baseline"]["item_f1"]["mean"])
+    expected.append(["", guess, guess, short(seed["baseline"]["target_hit@1"]["mean"])])
+    rows = rows_after("What noise hides, and what it costs")
+    assert [cells[1:] for cells in rows] == expected
+    for cells, guard in zip(rows, by_guard, strict=False):
+        assert set(re.findall(r"\d+(?:\.\d+)?", cells[0])) <= set(re.findall(r"\d+(?:\.\d+)?", guard or ""))
+
+
+def test_what_a_secret_projection_hides_is_what_was_measured() -> None:
+    (seed,) = read(ROOT / "results" / "privacy" / "item-vectors-secret.json")["seeds"]
+    (setting,) = seed["settings"]
+    *rows, guess = rows_after("A secret projection")
+    for cells in rows:
+        (knowledge,) = re.findall(r"\(`(\w+)`\)", cells[0])
+        audits = setting["audits"]
+        assert cells[1] == metric(audits, "vocabulary_matching", "item_f1", knowledge), knowledge
+        assert cells[2] == metric(audits, "label_gradients", "target_hit@1", knowledge), knowledge
+    assert guess[1:] == [short(seed["baseline"][name]["mean"]) for name in ("item_f1", "target_hit@1")]
+    worth = [short(setting["worth"]["mean"], 4)]
+    (other,) = read(ROOT / "results" / "privacy" / "item-vectors-states.json")["seeds"]
+    worth.append(short(other["settings"][0]["worth"]["mean"], 4))
+    assert re.search(rf"NDCG@10 of all 943 users is {worth[0]}, beside {worth[1]} of the same run without it", PRIVACY)
+
+
+def test_what_an_audit_of_private_training_found_is_what_was_measured() -> None:
+    (shown,) = (block.text for block in blocks(DOCS / "dp.md") if block.kind == "text")
+    assert shown.splitlines() == [told(own) for own in read(RESULTS / "dp_audit.json")["audits"]]
+
+
+def test_what_many_clients_would_take_follows_from_a_bound_that_is_met() -> None:
+    result = read(RESULTS / "aggregation.json")
+    (row,) = (own for own in result["rows"] if own["name"] == "seconds of 1000 clients")
+    assert row["met"]
+    bound = int(row["against"].removesuffix(" s"))
+    assert result["curve"]["1000"]["total"] < 100 * result["curve"]["100"]["total"]
+    scale = " ".join((DOCS / "scale.md").read_text(encoding="utf-8").split())
+    text = f"the {bound} s that 1,000 clients may take there become {bound * 100 // 60} minutes at 10,000 clients, and "
+    assert f"{text}{bound * 10_000 // 3600} hours at 100,000" in scale
+
+
+def test_pages_say_nearly_all_at_every_measured_cut_as_long_as_that_is_so() -> None:
+    lines = leakage_table(ROOT / "results" / "privacy").strip().splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len(rows) > 5
+    assert min(float(cells[4]) for cells in rows) > 0.9
+    for page in (ROOT / "README.md", DOCS / "index.md", DOCS / "deploy.md", DOCS / "method.md"):
+        text = " ".join(page.read_text(encoding="utf-8").split())
+        assert re.search(r"(nearly (all|everything)[^.]*,? at every cut|at every cut[^.]* nearly)", text), page.name
+        assert "at most cuts" not in text
+
+
+@pytest.mark.parametrize("page", ["dp.md", "scale.md", "runtimes.md", "trackers.md", "web.md"])
+def test_pages_that_no_result_stands_behind_have_no_table_of_figures(page: str) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert rows
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert not [cell for cell in cells if re.fullmatch(r"[\d,]*\.?\d+( \w+)?", cell)], row
