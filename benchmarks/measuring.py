@@ -93,15 +93,9 @@ def at_most(name: str, against: str, ratio: float, bound: float) -> dict[str, An
 
 
 def complete(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a row every key, null for a bound that it has not."""
-    return {
-        "name": row["name"],
-        "against": row["against"],
-        "ratio": row["ratio"],
-        "at_least": row.get("at_least"),
-        "at_most": row.get("at_most"),
-        "met": row["met"],
-    }
+    """Give a row every key, null for a bound that it has not; one without a ratio may say the ``reason``."""
+    keys = ("name", "against", "ratio", "at_least", "at_most", "met")
+    return {key: row.get(key) for key in keys} | ({"reason": row["reason"]} if "reason" in row else {})
 
 
 def origin(name: str) -> dict[str, Any]:

@@ -224,8 +224,8 @@ def told_of(name: str, measured: Mapping[str, Any]) -> list[str]:
             f"{told['model_gflops']:.0f}, {bound:.1%} of the square one's",
             f"{name}, {layout}, where a step's time goes, uncut: {where}",
             f"{name}, {layout}: {busy:.1%} of a step's time in products and attention, at {bound:.1%} of the rate: "
-            f"{told['reachable']:.1%} is the share that could be reached while everything else takes its time; asked for "
-            f"are {BOUND:.0%}, reached {reached}; what counts is done at {within:.0f} GFLOP/s in that time",
+            f"{told['reachable']:.1%} is the share that could be reached while everything else takes its time; asked "
+            f"for are {BOUND:.0%}, reached {reached}; what counts is done at {within:.0f} GFLOP/s in that time",
         ]
     return lines
 

@@ -31,7 +31,7 @@ def _bound(row: Mapping[str, Any]) -> str:
 
 
 def _row(row: Mapping[str, Any]) -> str:
-    ratio = NOT_MEASURED if row["ratio"] is None else f"{row['ratio']:.2f}"
+    ratio = row.get("reason", NOT_MEASURED) if row["ratio"] is None else f"{row['ratio']:.2f}"
     return f"| {row['name']} | {row['against']} | {ratio} | {_bound(row)} | {MET[row['met']]} |"
 
 
@@ -87,7 +87,7 @@ def write_summary() -> None:
     for name in sorted({*found, *BENCHMARKS, *(own.benchmark for own in REQUIRED)}):
         measured = [complete(row) for row in found.get(name, {}).get("rows", [])]
         own = measured + missing(name, measured)
-        rows += own
+        rows += [{key: value for key, value in row.items() if key != "reason"} for row in own]
         sections.append(section(name, found.get(name), own))
         if name not in found or len(own) > len(measured):
             unmeasured.append(f"`{name}`" if name not in found else f"rows of `{name}`")

@@ -102,6 +102,16 @@ def test_every_entry_has_both_bounds_and_null_for_what_it_has_not(results: Path)
     assert "| a | b | 0.25 |  |  |\n| c | d | 2.00 | at least 1.5 | yes |\n| e | f | 2.00 | at most 1.5 | no |" in page
 
 
+def test_a_row_that_has_no_ratio_tells_its_reason_on_the_page(results: Path) -> None:
+    name = "validation NDCG@10 after equal wall-clock time, item vectors"
+    row = {"name": name, "against": "b", "ratio": None, "at_least": 3.0, "met": None, "reason": "b has none"}
+    measuring.write_result("equal_time", {"rows": [row]})
+    rows, page = written(results)
+    assert {"name": name, "against": "b", "ratio": None, "at_least": 3.0, "at_most": None, "met": None} in rows
+    assert [own["name"] for own in rows].count(name) == 1
+    assert f"| {name} | b | b has none | at least 3.0 |  |" in page
+
+
 def test_the_committed_summary_has_every_required_row_and_every_key() -> None:
     rows = json.loads((measuring.RESULTS / "summary.json").read_text(encoding="utf-8"))
     assert all(list(row) == KEYS for row in rows)
