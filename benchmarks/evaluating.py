@@ -1,8 +1,9 @@
 """Evaluating users: batches of ours against one user at a time, beam 4 and 128 new tokens, then grounding.
 
 It trains a small run first, unless --run-dir holds one: a model that was not trained to write titles never ends them.
-Before anything is timed ours ranks all users; those whose target it finds are among those that are ranked one at a
-time, so that there is quality to compare. Where the two differ by more than is said below, there is no result.
+Before anything is timed ours ranks users, as many at a time as are measured, until it finds the target of some; these
+are among those that are ranked one at a time, so that there is quality to compare. Where the two differ by more than is
+said below, there is no result.
 
     python -m benchmarks.evaluating
 """
@@ -28,7 +29,7 @@ from pplr.backbones.adapters import load_adapter
 from pplr.backbones.causal_lm import CausalLM
 from pplr.config import Config
 from pplr.config_files import load_config
-from pplr.data.prompts import Case, draw_cases, evaluation_cases
+from pplr.data.prompts import Case, evaluation_cases
 from pplr.progress import Silent
 from pplr.recommend.evaluation import Ranker, in_batches
 from pplr.recommend.generative import GenerativeRanker
@@ -36,6 +37,7 @@ from pplr.recommend.metrics import batch_ranks
 from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.in_process import train
 from pplr.runtimes.run import open_run
+from pplr.seeds import generator
 
 _CONFIGS = Path(__file__).parent.parent / "configs"
 LISTS = 0.6
@@ -81,16 +83,31 @@ def _same_lists(one: NDArray[np.float32], other: NDArray[np.float32], cases: Seq
     return sum(first(a, case) == first(b, case) for a, b, case in zip(one, other, cases, strict=True))
 
 
-def compared_users(scores: NDArray[np.float32], cases: Sequence[Case], count: int) -> list[int]:
+def hits(scores: NDArray[np.float32], cases: Sequence[Case]) -> list[int]:
+    """List the places of the cases whose target is among the first ten."""
+    return [place for place, own in enumerate(batch_ranks(scores, cases)) if own[0] <= 10]
+
+
+def measured_users(ranker: Ranker, cases: Sequence[Case], count: int, size: int) -> tuple[list[Case], list[int]]:
+    """Rank as many users at a time as are measured, until some target is found.
+
+    Returns:
+        The users who are measured, and the places of those whose target is found.
+    """
+    for start in range(0, len(cases), count):
+        own = list(cases[start : start + count])
+        if found := hits(_all_scores(ranker, own, size), own):
+            return own, found
+    raise SystemExit(
+        f"error: our way finds no target of {len(cases)} users, so there is no quality to compare; train more, by "
+        "--samples or --rounds"
+    )
+
+
+def compared_users(found: Sequence[int], users: int, count: int) -> list[int]:
     """Choose who is ranked one at a time: half of them, if there are as many, have their target among our first ten."""
-    hits = [place for place, own in enumerate(batch_ranks(scores, cases)) if own[0] <= 10]
-    if not hits:
-        raise SystemExit(
-            f"error: our way finds no target of {len(cases)} users, so there is no quality to compare; train more, by "
-            "--samples or --rounds, or rank more users"
-        )
-    half = hits[: -(-count // 2)]
-    others = [place for place in range(len(cases)) if place not in hits] + hits[len(half) :]
+    half = list(found[: -(-count // 2)])
+    others = [place for place in range(users) if place not in found] + list(found[len(half) :])
     return sorted(half + others[: count - len(half)])
 
 
@@ -131,7 +148,8 @@ def measure(arguments: argparse.Namespace, folder: Path, config: Config, vectors
     name = parts.data.partition.names[0]
     state = load_adapter(run.folder / "clients" / name)
     users = [int(user) for own in parts.data.partition.users for user in own]
-    cases = draw_cases([evaluation_cases(parts.data.holdout, users, "test", most)[0]], arguments.users, 0)[0]
+    tested = evaluation_cases(parts.data.holdout, users, "test", most)[0]
+    every = [tested[int(place)] for place in generator(0, "evaluating").permutation(len(tested))]
     reader = parts.admit(name, state, "benchmark")
     rankers: dict[str, Ranker] = {}
     for grounding in ("l2", "trie"):
@@ -146,10 +164,10 @@ def measure(arguments: argparse.Namespace, folder: Path, config: Config, vectors
         run.config.adapter, state, max_new_tokens=arguments.tokens,
     )  # fmt: skip
     titles = parts.space.embeddings[parts.space.title_of]
-    scored = {"l2": _all_scores(rankers["l2"], cases, arguments.batch_size)}
-    chosen = compared_users(scored["l2"], cases, min(arguments.slow_users, len(cases)))
-    whole = _quality(scored["l2"], cases)
-    print(f"NDCG@10 of {len(cases)} users {whole:.4f}; {len(chosen)} are ranked one at a time", flush=True)
+    cases, found = measured_users(rankers["l2"], every, arguments.users, arguments.batch_size)
+    chosen = compared_users(found, len(cases), min(arguments.slow_users, len(cases)))
+    print(f"targets found of {len(found)} of {len(cases)} users; {len(chosen)} are ranked one at a time", flush=True)
+    scored: dict[str, NDArray[np.float32]] = {}
     slow: list[NDArray[np.float32]] = []
     seconds: dict[str, list[float]] = {"one at a time": [], **{way: [] for way in rankers}}
 
@@ -167,7 +185,7 @@ def measure(arguments: argparse.Namespace, folder: Path, config: Config, vectors
         print("  ".join(f"{way} {1e3 * taken[-1]:.0f} ms a user" for way, taken in seconds.items()), flush=True)
     compared = [cases[place] for place in chosen]
     same, quality = check_quality(scored["l2"][chosen], np.stack(slow), compared)
-    written, dtype = statistics.fmean(usual.written), run.config.backbone.dtype
+    whole, written, dtype = _quality(scored["l2"], cases), statistics.fmean(usual.written), run.config.backbone.dtype
     run.close()
     matching.close()
     return {
@@ -202,8 +220,8 @@ def _told(
         f"one at a time: {alike[1]} of the users, {written:.1f} tokens written for each on average; nothing but the "
         f"title's end stops one before {most}",
         f"the first ten items are the same for {alike[0]} of {alike[1]} users ({LISTS:.0%} at least), NDCG@10 on them "
-        f"{quality['l2']:.4f} against {quality['one at a time']:.4f} ({NDCG} apart at most); {whole:.4f} on all users, "
-        "of whom those with their target among our first ten are compared first",
+        f"{quality['l2']:.4f} against {quality['one at a time']:.4f} ({NDCG} apart at most); {whole:.4f} on all, "
+        "who were drawn so that ours finds some targets, and of whom those are among the compared",
         "the trie ranks otherwise than by distance, and item vectors are another model",
     ]
     rows = [

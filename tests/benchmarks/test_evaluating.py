@@ -69,12 +69,20 @@ def test_ways_of_other_quality_or_other_lists_are_refused() -> None:
         evaluating.check_quality(ranked(12, 12, 12), other, CASES)
 
 
-def test_those_whose_target_is_found_are_compared_and_without_any_there_is_nothing_to_compare() -> None:
-    assert evaluating.compared_users(ranked(12, 12, 3), CASES, 1) == [2]
-    assert evaluating.compared_users(ranked(12, 12, 3), CASES, 2) == [0, 2]
-    assert evaluating.compared_users(ranked(1, 2, 3), CASES, 2) == [0, 1]
-    with pytest.raises(SystemExit, match="no quality to compare"):
-        evaluating.compared_users(ranked(12, 12, 12), CASES, 2)
+def test_users_are_ranked_until_a_target_is_found_and_those_who_have_one_are_compared() -> None:
+    scores = ranked(12, 12, 3)
+
+    class Known:
+        def scores(self, cases):
+            return np.stack([scores[CASES.index(case)] for case in cases])
+
+    assert evaluating.measured_users(Known(), CASES, 3, 2) == (CASES, [2])
+    assert evaluating.measured_users(Known(), CASES, 2, 2) == (CASES[2:], [0])
+    with pytest.raises(SystemExit, match="no target of 2 users, so there is no quality to compare"):
+        evaluating.measured_users(Known(), CASES[:2], 1, 1)
+    assert evaluating.compared_users([2], 3, 1) == [2]
+    assert evaluating.compared_users([2], 3, 2) == [0, 2]
+    assert evaluating.compared_users([0, 1, 2], 3, 2) == [0, 1]
 
 
 def test_the_measurement_runs_whole(tmp_path: Path, small_config: Callable[..., Config], model_folder: Path) -> None:
