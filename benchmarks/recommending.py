@@ -114,9 +114,10 @@ def summed_up(told: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             at_most(f"ten items for one user, {name}{how}, run loaded", "one second", warm["median"] / BOUND_S, BOUND_S)
         )
         notes += [
-            f"{name}{how}: one user {1e3 * warm['median']:.0f} ms when the run is loaded ({1e3 * warm['lowest']:.0f} to "
-            f"{1e3 * warm['highest']:.0f} over {warm['count']}); by the command, from its start, "
-            f"{cold['median']:.1f} s ({cold['lowest']:.1f} to {cold['highest']:.1f} over {cold['count']})",
+            f"{name}{how}: one user {1e3 * warm['median']:.0f} ms when the run is loaded "
+            f"({1e3 * warm['lowest']:.0f} to {1e3 * warm['highest']:.0f} over {warm['count']})",
+            f"{name}{how}: one user by the command, from its start, {cold['median']:.1f} s ({cold['lowest']:.1f} to "
+            f"{cold['highest']:.1f} over {cold['count']})",
             f"{name}{how}: all {own['users']} users of a client {own['all_users_per_second']:.1f} users a second when "
             f"the run is loaded; by the command with --all, from its start, {own['all_command_seconds']:.1f} s, "
             f"{own['all_command_users_per_second']:.1f} users a second; each once",

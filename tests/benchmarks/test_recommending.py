@@ -45,4 +45,4 @@ def test_one_user_of_a_run_that_is_loaded_has_a_second() -> None:
     told = recommending.summed_up({"a": way(0.2), "b": way(1.5, beams=10)})
     assert [(row["ratio"], row["at_most"], row["met"]) for row in told["rows"]] == [(0.2, 1, True), (1.5, 1, False)]
     assert "b, 10 beams" in told["rows"][1]["name"]
-    assert len(told["notes"]) == 4
+    assert len(told["notes"]) == 6
