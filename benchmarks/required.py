@@ -27,6 +27,7 @@ BENCHMARKS = (
     "round_overhead",
     "sasrec_speed",
     "evaluating",
+    "recommending",
     "equal_time",
     "profiles",
 )
