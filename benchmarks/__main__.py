@@ -1,7 +1,7 @@
 """Run every benchmark, each in a process of its own, then write the summary and the pages in ``docs/``.
 
-One that fails does not keep the others from running; what failed is said at the end. ``gpu`` needs a GPU,
-``equal_time`` an hour, and ``first_contact`` installs everything anew; they run where they are named.
+One that fails does not keep the others from running; what failed is said at the end. ``equal_time`` takes the longest,
+an hour. ``gpu`` needs a GPU, and ``first_contact`` installs everything anew; they run where they are named.
 """
 
 from __future__ import annotations
@@ -12,28 +12,8 @@ import time
 from collections.abc import Sequence
 
 from benchmarks.performance_page import write_page
+from benchmarks.required import BENCHMARKS
 from benchmarks.summary import write_summary
-
-BENCHMARKS = (
-    "training",
-    "packed",
-    "shared_prefix",
-    "federated_round",
-    "roofline",
-    "clients",
-    "bfloat16",
-    "attention",
-    "epoch",
-    "network",
-    "overlap",
-    "network_memory",
-    "wire",
-    "aggregation",
-    "round_overhead",
-    "sasrec_speed",
-    "evaluating",
-    "profiles",
-)
 
 
 def run_all(names: Sequence[str]) -> list[str]:

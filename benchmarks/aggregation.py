@@ -1,10 +1,10 @@
 """Similarity and mixing of many clients' adapters, on disk: time, peak memory, against plain loops and Flower's FedAvg.
 
 The adapters are random numbers in the shapes of SmolLM2-135M's LoRA of rank 8 on the query and value projections. Each
-number of clients is measured in a process of its own. The plain loops, the formula written out client by client in
-memory, run on the same bits of input; of many clients they make a few mixtures, and their time is scaled up. A whole
-round of a federation's server is measured beside it: every report is checked and written as it comes, then all are
-mixed, then the round is checkpointed.
+number of clients is measured in a process of its own, three times. The plain loops, the formula written out client by
+client in memory, run on the same bits of input, and take turns with pplr; of many clients they make a few mixtures, and
+the time of all is worked out from the median of these. A whole round of a federation's server is measured beside it,
+once: every report is checked and written as it comes, then all are mixed, then the round is checkpointed.
 
     python -m benchmarks.aggregation [--clients 10 100 1000] [--method pplr]
 """
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.measuring import at_least, at_most, use_all_cores, write_result
+from benchmarks.measuring import at_least, at_most, spread, use_all_cores, write_result
 from benchmarks.reference.plain_loops import mixed_by_loops
 from pplr.backbones.adapters import PEFT_PREFIX, AdapterState
 from pplr.config import Config, FederationConfig
@@ -42,6 +44,8 @@ LOOPED = {10: 1.0, 1000: 50.0}
 """Numbers of clients that are mixed by plain loops too, and how many times as fast pplr should be."""
 SOME = 5
 """Most clients whose mixtures the loops make."""
+TURNS = 3
+"""How often pplr mixes."""
 IN_MEMORY = 100
 """Most clients whose adapters Flower's own strategy is given at once, and that are compared by every similarity."""
 SECONDS, BYTES = 30.0, 2e9
@@ -140,37 +144,61 @@ def measure_server(clients: int, method: str, folder: Path) -> dict[str, float]:
     }
 
 
-def against_loops(clients: int, some: Sequence[int], folder: Path) -> dict[str, float]:
-    """Mix by plain loops in memory, and by pplr on disk in a process of its own.
+def against_loops(clients: int, some: Sequence[int], folder: Path) -> dict[str, Any]:
+    """Mix by plain loops in memory, in turns with pplr on disk in a process of its own.
 
     Args:
         clients: C.
-        some: Clients whose mixture the loops make; what they take for them is scaled to all.
+        some: Clients whose mixture the loops make, the one after the other.
         folder: To work in.
 
     Returns:
-        Seconds of the loops and of pplr, and the largest difference of a number.
+        Seconds of the loops' norms, which all mixtures need once, and of a mixture; of all that makes, which is worked
+        out from the medians of both; of pplr; the ratio; and the largest difference of a number.
     """
     states = [draw(client) for client in range(clients)]
     stack = StoredAdapters.create(folder / "before", shapes(), clients)
     for number, state in enumerate(states):
         stack.put(number, state)
     losses = view_of(stack, clients).losses
-    started = time.perf_counter()
-    mixed_by_loops(states, losses, 1, ())
-    norms = time.perf_counter() - started
-    started = time.perf_counter()
-    expected = mixed_by_loops(states, losses, 1, some)
-    looped = norms + (time.perf_counter() - started - norms) * clients / len(some)
-    del states
-    measured = measured_apart(clients, "pplr", folder)
-    found = StoredAdapters(folder / "after")
-    worst = max(
-        float((found.get(number)[name] - tensor).abs().max())
-        for number, state in zip(some, expected, strict=True)
-        for name, tensor in state.items()
+    norms: list[float] = []
+    mixtures: list[float] = []
+    totals: list[float] = []
+    worst = 0.0
+    for turn in range(max(len(some), TURNS)):
+        if turn < TURNS:
+            totals.append(measured_apart(clients, "pplr", folder)["total"])
+        if turn < len(some):
+            started = time.perf_counter()
+            mixed_by_loops(states, losses, 1, ())
+            ended = time.perf_counter()
+            (expected,) = mixed_by_loops(states, losses, 1, some[turn : turn + 1])
+            norms.append(ended - started)
+            mixtures.append(time.perf_counter() - ended - norms[-1])
+            found = StoredAdapters(folder / "after").get(some[turn])
+            worst = max(worst, *(float((found[name] - tensor).abs().max()) for name, tensor in expected.items()))
+    looped = statistics.median(norms) + clients * statistics.median(mixtures)
+    return {
+        "norms": spread(norms),
+        "mixture": spread(mixtures),
+        "looped": looped,
+        "seconds": spread(totals),
+        "ratio": looped / statistics.median(totals),
+        "worst": worst,
+    }
+
+
+def told_of_loops(clients: int, told: dict[str, Any]) -> str:
+    """Say what was measured of the loops and of pplr, and what was worked out."""
+    made, here = told["mixture"], told["seconds"]
+    few = made["count"] < clients
+    how = f"{told['looped']:.1f} s" + (f", of which {made['count']} mixtures were made and the rest worked out" * few)
+    return (
+        f"{clients:,} clients by plain loops, in float64 in memory: {how} (a mixture takes {made['median']:.3g} s, "
+        f"{made['lowest']:.3g} to {made['highest']:.3g}, the norms {told['norms']['median']:.3g} s); in turns with "
+        f"them here {here['median']:.2f} s from disk to disk ({here['lowest']:.2f} to {here['highest']:.2f} over "
+        f"{here['count']} runs); largest difference of a mixed number {told['worst']:.1e}"
     )
-    return {"looped": looped, "seconds": measured["total"], "ratio": looped / measured["total"], "worst": worst}
 
 
 def against_flower(clients: int, folder: Path) -> dict[str, float]:
@@ -204,18 +232,24 @@ def measured_apart(clients: int, method: str, folder: Path, what: str = "mixing"
     """Measure the mixing, Flower or a server's round in a process that does nothing else."""
     command = [sys.executable, "-m", "benchmarks.aggregation", "--method", method, "--what", what]
     command += ["--measure", str(clients), str(folder)]
+    shutil.rmtree(folder / "after", ignore_errors=True)
     told: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return told
 
 
-def in_a_process(clients: int, method: str, what: str = "mixing") -> dict[str, float]:
-    """Draw the adapters, then measure in a process of its own."""
+def in_a_process(clients: int, method: str, what: str = "mixing", times: int = 1) -> dict[str, float]:
+    """Draw the adapters, then measure in a process of its own.
+
+    Returns:
+        The median of what was measured so many times, and the most memory.
+    """
     with tempfile.TemporaryDirectory() as name:
         if what != "server":
             stack = StoredAdapters.create(Path(name) / "before", shapes(), clients)
             for client in range(clients):
                 stack.put(client, draw(client))
-        return measured_apart(clients, method, Path(name), what)
+        runs = [measured_apart(clients, method, Path(name), what) for _ in range(times)]
+    return {key: (max if key.endswith("_bytes") else statistics.median)(run[key] for run in runs) for key in runs[0]}
 
 
 def main() -> None:
@@ -248,21 +282,18 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             loops[str(clients)] = told = against_loops(clients, some, Path(name))
         rows.append(at_least(f"aggregation, {clients:,} clients", "the formula in plain loops", told["ratio"], bound))
-        scaled = f", scaled up from {len(some)} of the mixtures" if len(some) < clients else ""
-        notes.append(
-            f"{clients:,} clients by plain loops, in float64 in memory: {told['looped']:.1f} s{scaled}; here "
-            f"{told['seconds']:.2f} s from disk to disk; largest difference of a mixed number {told['worst']:.1e}"
-        )
+        notes.append(told_of_loops(clients, told))
         print(notes[-1], flush=True)
     size = 4 * sum(int(np.prod(shape)) for shape in shapes().values())
     curve: dict[str, Any] = {}
     for clients in arguments.clients:
-        measured = in_a_process(clients, arguments.method)
+        measured = in_a_process(clients, arguments.method, times=TURNS)
         curve[str(clients)] = measured
         held = f"peak {measured['peak_rss_bytes'] / 1e6:.0f} MB, {measured['before_rss_bytes'] / 1e6:.0f} MB before"
         notes.append(
             f"{clients} clients, {size / 1e6:.2f} MB each: {measured['total']:.2f} s (similarity and weights "
-            f"{measured['weighing']:.2f} s, mixing {measured['mixing']:.2f} s), {held} it began"
+            f"{measured['weighing']:.2f} s, mixing {measured['mixing']:.2f} s), {held} it began; medians of "
+            f"{TURNS} runs"
         )
         if clients == 1000:
             rows.append(at_most(f"seconds of {clients} clients", f"{SECONDS:.0f} s", measured["total"] / SECONDS, 1.0))
@@ -272,13 +303,13 @@ def main() -> None:
     for clients in [clients for clients in arguments.clients if clients <= IN_MEMORY]:
         compared[str(clients)] = told = in_a_process(clients, arguments.method, "similarities")
         shares = ", ".join(f"{of} {seconds:.2f} s" for of, seconds in told.items())
-        notes.append(f"{clients} clients compared by each similarity: {shares}")
+        notes.append(f"{clients} clients compared by each similarity, once: {shares}")
     served: dict[str, Any] = {}
     for clients in arguments.clients:
         measured = in_a_process(clients, arguments.method, "server")
         served[str(clients)] = measured
         notes.append(
-            f"a server's round of {clients} clients: {measured['total']:.2f} s (checking and writing reports "
+            f"a server's round of {clients} clients, run once: {measured['total']:.2f} s (checking and writing reports "
             f"{measured['taking']:.2f} s, mixing {measured['mixing']:.2f} s, checkpoint with each client's best "
             f"{measured['checkpoint']:.2f} s), peak {measured['peak_rss_bytes'] / 1e6:.0f} MB"
         )
@@ -292,9 +323,9 @@ def main() -> None:
         own, theirs = in_a_process(clients, "fedavg"), in_a_process(clients, "fedavg", "flower")
         flower[str(clients)] = theirs | {"fedavg_here_seconds": own["total"]}
         notes.append(
-            f"FedAvg of {clients} clients: Flower's {theirs['seconds']:.2f} s for one average in memory, fedavg here "
-            f"{own['total']:.2f} s, in which {clients} adapters are read from disk and {clients} are written; numbers "
-            f"differ by {theirs['largest_difference']:.1e} at most"
+            f"FedAvg of {clients} clients, run once: Flower's {theirs['seconds']:.2f} s for one average in memory, "
+            f"fedavg here {own['total']:.2f} s, in which {clients} adapters are read from disk and {clients} are "
+            f"written; numbers differ by {theirs['largest_difference']:.1e} at most"
         )
     write_result(
         "aggregation",

@@ -9,7 +9,8 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import peft
 import torch
 import transformers
 
+import pplr
+from benchmarks.origins import commit_of
 from pplr.backbones.base import Backbone, load_backbone
 from pplr.backbones.causal_lm import CausalLM
 from pplr.config import Config
@@ -81,22 +84,41 @@ def causal_lm_of(config: Config) -> CausalLM:
 
 def at_least(name: str, against: str, ratio: float, bound: float) -> dict[str, Any]:
     """Make a row whose ratio should not be lower."""
-    return {"name": name, "against": against, "ratio": ratio, "at_least": bound, "met": ratio >= bound}
+    return complete({"name": name, "against": against, "ratio": ratio, "at_least": bound, "met": ratio >= bound})
 
 
 def at_most(name: str, against: str, ratio: float, bound: float) -> dict[str, Any]:
     """Make a row whose ratio should not be higher."""
-    return {"name": name, "against": against, "ratio": ratio, "at_most": bound, "met": ratio <= bound}
+    return complete({"name": name, "against": against, "ratio": ratio, "at_most": bound, "met": ratio <= bound})
 
 
-def write_result(name: str, content: dict[str, Any]) -> None:
-    """Write one benchmark's result, with the machine it was taken on."""
+def complete(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a row every key, null for a bound that it has not; one without a ratio may say the ``reason``."""
+    keys = ("name", "against", "ratio", "at_least", "at_most", "met")
+    return {key: row.get(key) for key in keys} | ({"reason": row["reason"]} if "reason" in row else {})
+
+
+def origin(name: str) -> dict[str, Any]:
+    """Say where what is measured now is from: command, day, machine, and the commit of the pplr that was imported."""
+    return {
+        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "day": date.today().isoformat(),
+        "commit": commit_of(Path(pplr.__file__).parent),
+        "machine": machine(),
+    }
+
+
+def write_result(name: str, content: Mapping[str, Any]) -> None:
+    """Write one benchmark's result, with where it is from."""
+    write_json(name, {**origin(name), **content})
+
+
+def write_json(name: str, content: Mapping[str, Any]) -> None:
+    """Write one benchmark's result, its rows with every key."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
-    path.write_text(
-        json.dumps({"command": command, "machine": machine(), **content}, indent=2) + "\n", encoding="utf-8"
-    )
+    whole = {**content, "rows": [complete(row) for row in content["rows"]]}
+    path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     print(f"wrote benchmarks/results/{path.name}")
 
 

@@ -95,11 +95,12 @@ def training(place: Deployment, size: int, steps: int) -> dict[str, Any]:
     }
 
 
-def _together(clients: Sequence[Process], window_s: float) -> float:
-    """Let clients train at once; samples per second of them all while all of them run."""
+def train_at_once(clients: Sequence[Process], window_s: float, batches: range | None = None) -> float:
+    """Let clients train at once, on all of their batches or on some; samples per second of them all."""
     until = time.monotonic() + window_s
+    span = "" if batches is None else f" {batches.start} {batches.stop}"
     for client in clients:
-        client.ask(f"run {until}")
+        client.ask(f"run {until}{span}")
     rates = []
     for client in clients:
         told = client.answer()
@@ -113,8 +114,6 @@ def at_once(
     size: int,
     window_s: float,
     turns: int,
-    *options: str,
-    before_the_end: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure clients at once against one alone, by turns.
 
@@ -124,15 +123,13 @@ def at_once(
         size: Samples of a batch.
         window_s: Seconds of one client alone; all at once get as many times more.
         turns: Measurements of each way.
-        options: Of ``pplr stage serve``.
-        before_the_end: Told the server's address while all is still there.
     """
     config = quickstart(f"training.samples={4 * count * size}")
     encoded = real_batch(config, backbone_of(config), 4 * count * size)
     model = f"backbone.model={place.bundles('bfloat16')[0]}"
     alone: list[float] = []
     together: list[float] = []
-    with place.server("bfloat16", *options) as (address, server), ExitStack() as stack:
+    with place.server("bfloat16") as (address, server), ExitStack() as stack:
         clients = []
         for number in range(count):
             own = encoded[4 * number * size : 4 * (number + 1) * size]
@@ -144,10 +141,9 @@ def at_once(
         for client in clients:
             client.answer()
         for _ in range(turns):
-            alone.append(_together(clients[:1], window_s))
-            together.append(_together(clients, count * window_s))
+            alone.append(train_at_once(clients[:1], window_s))
+            together.append(train_at_once(clients, count * window_s))
             print(f"alone {alone[-1]:.2f} samples/s  {count} at once {together[-1]:.2f} samples/s", flush=True)
-        before_the_end(address)
         held = sum(client.status("VmHWM") for client in clients) + server.status("VmHWM")
         for client in clients:
             client.end()

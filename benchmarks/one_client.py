@@ -110,7 +110,11 @@ def tell(**what: Any) -> None:
 
 
 def main(settings_path: str) -> None:
-    """Load, connect, train ``warmup`` batches, then follow orders: ``run SECONDS``, ``count``, and an end."""
+    """Load, connect, train ``warmup`` batches, then follow orders.
+
+    ``run UNTIL`` trains on its batches in turn, ``run UNTIL FIRST LAST`` on some of them, by the monotonic clock;
+    ``count`` counts what a step keeps; the end of its input ends it.
+    """
     told = json.loads(Path(settings_path).read_text(encoding="utf-8"))
     torch.set_num_threads(told["threads"])
     if told["address"]:
@@ -132,9 +136,10 @@ def main(settings_path: str) -> None:
         if order == "run":
             ends = [time.monotonic()]
             samples = [0]
-            until = float(rest[0])
+            until, *span = map(float, rest)
+            own = batches[int(span[0]) : int(span[1])] if span else batches
             while ends[-1] < until:
-                batch = batches[step % len(batches)]
+                batch = own[step % len(own)]
                 one_step(client, batch, step)
                 ends.append(time.monotonic())
                 samples.append(batch.samples)

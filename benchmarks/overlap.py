@@ -1,8 +1,10 @@
 """Client and server at work at the same time: micro-batches in flight, and several clients in one pass of the server.
 
 Three parts: training across TLS with micro-batches in flight against the uncut model; clients at once on a server that
-computes their passes as one against one client at a time; and what one pass of several clients can save at all, by
-function calls in one process.
+computes their passes as one, against one client at a time and against the same clients at once on a server that takes
+each by itself, in turns; and what one pass of several clients can save at all, by function calls in one process. The
+ratio to one client at a time has the joint pass in it and the work of clients beside the server's; the ratio to each by
+itself has the joint pass alone.
 
     python -m benchmarks.overlap
 """
@@ -13,15 +15,16 @@ import argparse
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
-from benchmarks.deployment import Deployment, deployment
+from benchmarks.beside import beside
+from benchmarks.deployment import Deployment, Process, deployment
 from benchmarks.measuring import at_least, backbone_of, quickstart, real_batch, use_all_cores, write_result
-from benchmarks.network import at_once, take_turns
+from benchmarks.network import take_turns, train_at_once
 from benchmarks.one_client import client_of, uncut_of
 from pplr.backbones.base import Batch, load_backbone
 from pplr.runtimes.identity import read_kit
@@ -33,6 +36,12 @@ from pplr.stages.host import Asked, StageHost
 from pplr.stages.stage import StageCall
 from pplr.testing import random_adapter
 
+BOUND = 1.3
+SERVERS: dict[str, Callable[[int], tuple[str, ...]]] = {
+    "each by itself": lambda count: (),
+    "together": lambda count: ("--together", str(count)),
+}
+"""Options of ``pplr stage serve``."""
 _CLIENTS = re.compile(r"^pplr_stage_pass_clients_(sum|count) (\S+)$", re.MULTILINE)
 
 
@@ -79,44 +88,93 @@ def in_flight(place: Deployment, size: int, micro: int, steps: int) -> dict[str,
         "seconds": seconds,
         "notes": [f"{name}: median {own:.2f} s a batch of {size}" for name, own in median.items()]
         + [f"micro-batches of {micro}; the best of those in flight: {best}"],
-        "row": at_least(
-            "training across the cut with overlap, TLS loopback",
-            "the uncut model, in one process, whole batches",
-            median["uncut, whole batch"] / median[best],
-            0.95,
-        ),
-    }
-
-
-def clients(place: Deployment, count: int, size: int, window_s: float, turns: int) -> dict[str, Any]:
-    """Let clients train at once, on a server that takes them together and on one that does not, and one alone."""
-    told: dict[str, Any] = {}
-    for name, options in (("each by itself", ()), ("together", ("--together", str(count)))):
-        met: list[float] = []
-
-        def read(address: str, met: list[float] = met) -> None:
-            channel = StageChannel(address, read_kit(place.kit("operator", "operator")))
-            found = {key: float(value) for key, value in _CLIENTS.findall(StageOperator(channel).metrics())}
-            met.append(found["sum"] / max(1.0, found["count"]))
-            channel.close()
-
-        told[name] = at_once(place, count, size, window_s, turns, *options, before_the_end=read)
-        told[name]["clients_of_a_pass"] = met[0]
-    row = told["together"].pop("row")
-    plain = told["each by itself"].pop("row")
-    return {
-        "clients": told,
-        "notes": [
-            f"{count} clients, batch {size}, each by itself: {plain['ratio']:.2f} times one client at a time; together "
-            f"{row['ratio']:.2f} times, with {told['together']['clients_of_a_pass']:.1f} clients in a pass on average"
+        "rows": [
+            at_least(
+                "training across the cut with overlap, TLS loopback",
+                "the uncut model, in one process, whole batches",
+                median["uncut, whole batch"] / median[best],
+                0.95,
+            )
         ],
-        "row": at_least(
-            f"{count} clients on one server, cross-client batches of {size} each",
-            "one client at a time",
-            row["ratio"],
-            1.3,
-        ),
     }
+
+
+def _clients_of_a_pass(place: Deployment, address: str) -> float:
+    """Ask a server how many clients were in a pass, on average."""
+    channel = StageChannel(address, read_kit(place.kit("operator", "operator")))
+    found = {key: float(value) for key, value in _CLIENTS.findall(StageOperator(channel).metrics())}
+    channel.close()
+    return found["sum"] / max(1.0, found["count"])
+
+
+def clients(place: Deployment, count: int, sizes: Sequence[int], window_s: float, turns: int) -> dict[str, Any]:
+    """Let clients train at once, on a server that takes them together and on one that does not, and one alone.
+
+    Args:
+        place: Bundles and kits.
+        count: Clients.
+        sizes: Samples of a batch; the first is bound.
+        window_s: Seconds of one client alone; all at once get four times as many.
+        turns: Measurements of each way and size.
+    """
+    most = max(sizes)
+    config = quickstart(f"training.samples={2 * count * most}")
+    encoded = real_batch(config, backbone_of(config), 2 * count * most)
+    model = f"backbone.model={place.bundles('bfloat16')[0]}"
+    order = sorted(sizes, reverse=True)  # the largest is the one that warms up
+    spans = {size: range(2 * number, 2 * number + 2) for number, size in enumerate(order)}
+    rates: dict[int, dict[str, list[float]]] = {size: {"alone": [], **{way: [] for way in SERVERS}} for size in sizes}
+    passes: dict[str, float] = {}
+    with ExitStack() as stack:
+        addresses: dict[str, str] = {}
+        started: dict[str, list[Process]] = {}
+        for letter, (way, options) in zip("ab", SERVERS.items(), strict=True):
+            addresses[way], _ = stack.enter_context(place.server("bfloat16", *options(count)))
+            started[way] = []
+            for number in range(count):
+                own = encoded[2 * number * most : 2 * (number + 1) * most]
+                batches = [own[first : first + size] for size in order for first in (0, size)]
+                client = place.client(
+                    f"{letter}{number}", [model], batches, address=addresses[way], warmup=1,
+                    threads=torch.get_num_threads(),
+                )  # fmt: skip
+                started[way].append(stack.enter_context(client))
+            for client in started[way]:
+                client.answer()
+        for _ in range(turns):
+            for size, told in rates.items():
+                told["alone"].append(train_at_once(started["each by itself"][:1], window_s, spans[size]))
+                for way in SERVERS:
+                    told[way].append(train_at_once(started[way], 4 * window_s, spans[size]))
+                print(f"batch {size}: " + "  ".join(f"{way} {own[-1]:.2f} samples/s" for way, own in told.items()))
+        for way in SERVERS:
+            passes[way] = _clients_of_a_pass(place, addresses[way])
+            for client in started[way]:
+                client.end()
+    return {"clients": {str(size): told for size, told in rates.items()}, "clients_of_a_pass": passes} | compared(
+        rates, passes, count
+    )
+
+
+def compared(
+    rates: Mapping[int, Mapping[str, Sequence[float]]], passes: Mapping[str, float], count: int
+) -> dict[str, Any]:
+    """Make the rows: clients together against one at a time, of which the first size is bound, and each by itself."""
+    rows, notes = [], []
+    for number, (size, told) in enumerate(rates.items()):
+        median = {way: statistics.median(own) for way, own in told.items()}
+        name = f"{count} clients on one server, cross-client batches of {size} each"
+        alone, apart = median["together"] / median["alone"], median["together"] / median["each by itself"]
+        against = "one client at a time"
+        rows.append(at_least(name, against, alone, BOUND) if number == 0 else beside(name, against, alone))
+        rows.append(beside(name, "the same clients at once, each by itself", apart))
+        notes.append(
+            f"{count} clients, batches of {size}, medians of {len(told['alone'])}: one alone {median['alone']:.2f} "
+            f"samples/s, at once each by itself {median['each by itself']:.2f} "
+            f"({median['each by itself'] / median['alone']:.2f} times one alone), together {median['together']:.2f}"
+        )
+    notes.append(f"where they are taken together, a pass has {passes['together']:.1f} clients on average, of all sizes")
+    return {"rows": rows, "notes": notes}
 
 
 def ceiling(count: int, sizes: Sequence[int], turns: int) -> dict[str, Any]:
@@ -169,13 +227,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--micro-batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=7, help="training steps of each way")
+    parser.add_argument("--steps", type=int, default=5, help="training steps of each way")
     parser.add_argument("--clients", type=int, default=5)
-    parser.add_argument("--client-batch", type=int, default=2)
-    parser.add_argument("--window", type=float, default=12.0, help="seconds of one client alone; all at once get more")
+    parser.add_argument("--client-batches", type=int, nargs="+", default=[4, 8], help="the first is bound")
+    parser.add_argument("--window", type=float, default=4.0, help="seconds of one client alone; all at once get more")
     parser.add_argument("--windows", type=int, default=3)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 8], help="samples of each client in a pass")
-    parser.add_argument("--turns", type=int, default=5, help="passes of each way")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4], help="samples of each client in a pass")
+    parser.add_argument("--turns", type=int, default=3, help="passes of each way")
     parser.add_argument("--only", choices=("in_flight", "clients", "ceiling"))
     arguments = parser.parse_args()
     use_all_cores()
@@ -184,7 +242,7 @@ def main() -> None:
         parts = {
             "in_flight": lambda: in_flight(place, arguments.batch_size, arguments.micro_batch, arguments.steps),
             "clients": lambda: clients(
-                place, arguments.clients, arguments.client_batch, arguments.window, arguments.windows
+                place, arguments.clients, arguments.client_batches, arguments.window, arguments.windows
             ),
             "ceiling": lambda: ceiling(arguments.clients, arguments.sizes, arguments.turns),
         }
@@ -193,7 +251,7 @@ def main() -> None:
                 print(f"-- {name}", flush=True)
                 found[name] = part()
     notes = [note for told in found.values() for note in told.pop("notes")]
-    rows = [told.pop("row") for told in found.values() if "row" in told]
+    rows = [row for told in found.values() for row in told.pop("rows", [])]
     print("\n".join(notes))
     for row in rows:
         print(f"{row['name']} against {row['against']}: {row['ratio']:.3f}, met: {row['met']}")

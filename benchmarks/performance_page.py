@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import RESULTS
-from benchmarks.tables import table, where
+from benchmarks.origins import LABELS, origins_of, place, said
+from benchmarks.tables import table
 
-__all__ = ["LABELS", "write_page"]
+__all__ = ["write_page"]
 
 DOCS = Path(__file__).parent.parent / "docs"
-LABELS = ("before", "after")
 TITLES = {
     "roofline": "How near training is to the machine's limit",
     "train": "Train: the next title, cut",
@@ -26,6 +26,15 @@ TITLES = {
     "compare_products": "Aggregate: compare the products BA",
 }
 """Sections in their order; one that has neither figures nor prose is left out."""
+
+
+def compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Say how many times as fast a job has become, where it is the same job on the same machine."""
+    if before["counts"] != after["counts"]:
+        return "before and after do not compare: they do not do as much"
+    if place(before["origin"]) != place(after["origin"]):
+        return "before and after do not compare: they are of different machines"
+    return f"{before['seconds']['median'] / after['seconds']['median']:.2f} times as fast as before"
 
 
 def job_body(name: str, content: Mapping[str, Any]) -> str:
@@ -43,6 +52,8 @@ def job_body(name: str, content: Mapping[str, Any]) -> str:
             f"- {label}: {counts} in {seconds['median']:.3g} s ({seconds['lowest']:.3g} to {seconds['highest']:.3g} "
             f"over {seconds['count']} runs){crossed}"
         )
+    if len(told) == 2:
+        lines.append(f"- {compared(told['before'], newest)}")
     head = ["kind of operation", *(f"time, {own}" for own in told), *(f"memory asked for, {own}" for own in told)]
     rows = []
     for kind in newest["kinds"]:
@@ -53,6 +64,11 @@ def job_body(name: str, content: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n\n" + table(head, rows)
 
 
+def _prose(docs: Path, name: str) -> list[str]:
+    path = docs / "performance_text" / f"{name}.md"
+    return [path.read_text(encoding="utf-8").strip()] if path.exists() else []
+
+
 def write_page(results: Path = RESULTS, docs: Path = DOCS) -> None:
     """Write the page from whatever is there."""
     found = {
@@ -60,20 +76,20 @@ def write_page(results: Path = RESULTS, docs: Path = DOCS) -> None:
         for name in ("profiles", "roofline")
         if (results / f"{name}.json").exists()
     }
-    parts = ["# Performance"]
-    for name, title in {"index": "", **TITLES}.items():
+    parts = ["# Performance", *_prose(docs, "index")]
+    if "profiles" in found:
+        lines = [f"- {of}: `{own['command']}`. {said(own)}" for of, own in origins_of(found["profiles"])]
+        parts.append("Where the profiles are from:\n\n" + "\n".join(lines))
+    for name, title in TITLES.items():
         body = ""
         if name == "roofline" and name in found:
             lines = [f"- {note}" for note in found[name]["notes"]]
-            body = f"`{found[name]['command']}`; {where(found[name]['machine'])}.\n\n" + "\n".join(lines)
+            body = f"`{found[name]['command']}`. {said(found[name])}\n\n" + "\n".join(lines)
         elif "profiles" in found:
             body = job_body(name, found["profiles"])
-        prose = docs / "performance_text" / f"{name}.md"
-        written = prose.read_text(encoding="utf-8").strip() if prose.exists() else ""
-        if body or written:
-            parts.append("\n\n".join(part for part in (f"## {title}" if title else "", body, written) if part))
-    if "profiles" in found:
-        parts.insert(2, f"Profiled on {where(found['profiles']['machine'])}.")
+        own = [*([body] if body else []), *_prose(docs, name)]
+        if own:
+            parts.append("\n\n".join([f"## {title}", *own]))
     (docs / "performance.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     print("wrote docs/performance.md")
 

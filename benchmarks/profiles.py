@@ -2,9 +2,11 @@
 
 Each job is run once to warm up, some times to be timed, and once under torch's profiler, which shares its time out by
 kind of operation; that run is slower and its seconds are not told. What is measured goes to the column ``after``; with
-``--label before`` to the column beside it, as before a change (``PYTHONPATH`` may lead to an older version of pplr).
+``--label before`` to the column beside it, as before a change. Each job keeps where it is from, with the commit of the
+pplr that was imported, which may be an older one:
 
-    python -m benchmarks.profiles [--jobs train evaluate] [--label before]
+    python -m benchmarks.profiles [--jobs train evaluate]
+    PYTHONPATH=OLDER/src:. python -m benchmarks.profiles --label before
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ from typing import Any
 import torch
 
 from benchmarks.aggregation import draw, shapes, view_of
-from benchmarks.measuring import RESULTS, quickstart, spread, use_all_cores, write_result
+from benchmarks.measuring import RESULTS, origin, quickstart, spread, use_all_cores, write_json
 from benchmarks.op_shares import shares_of
-from benchmarks.performance_page import LABELS, write_page
+from benchmarks.origins import LABELS
+from benchmarks.performance_page import write_page
 from pplr.config import Config, FederationConfig
 from pplr.config_files import load_config
 from pplr.data.prompts import Case
@@ -150,10 +153,24 @@ def measure(name: str, times: int) -> dict[str, Any]:
 
 
 def kept(label: str, measured: dict[str, Any]) -> dict[str, Any]:
-    """Put what was measured beside what is there already."""
+    """Put what was measured beside what is there already, in the order of the jobs."""
     path = RESULTS / "profiles.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return {own: dict(old.get(own, {})) | (measured if own == label else {}) for own in LABELS}
+    both = {own: dict(old.get(own, {})) | (measured if own == label else {}) for own in LABELS}
+    return {own: {name: jobs[name] for name in JOBS if name in jobs} for own, jobs in both.items()}
+
+
+def notes_of(columns: dict[str, Any]) -> list[str]:
+    """Tell every job of both columns."""
+    notes = []
+    for name in JOBS:
+        for label, jobs in columns.items():
+            if name in jobs:
+                own = jobs[name]
+                counts = ", ".join(f"{count:,} {what}" for what, count in own["counts"].items())
+                most = next(iter(own["kinds"]))
+                notes.append(f"{name}, {label} ({counts}): {own['seconds']['median']:.3g} s, most of it {most}")
+    return notes
 
 
 def main() -> None:
@@ -165,14 +182,13 @@ def main() -> None:
     arguments = parser.parse_args()
     use_all_cores()
     torch.manual_seed(0)
-    measured, notes = {}, []
+    where = origin("profiles")
+    measured = {}
     for name in arguments.jobs:
-        measured[name] = own = measure(name, arguments.times)
-        first = next(iter(own["kinds"]))
-        counts = ", ".join(f"{count:,} {what}" for what, count in own["counts"].items())
-        notes.append(f"{name} ({counts}): {own['seconds']['median']:.3g} s, most of it {first}")
-        print(notes[-1], flush=True)
-    write_result("profiles", {**kept(arguments.label, measured), "rows": [], "notes": notes})
+        measured[name] = own = {"origin": where, **measure(name, arguments.times)}
+        print(f"{name}: {own['seconds']['median']:.3g} s", flush=True)
+    columns = kept(arguments.label, measured)
+    write_json("profiles", {**columns, "rows": [], "notes": notes_of(columns)})
     write_page()
 
 

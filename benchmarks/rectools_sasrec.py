@@ -7,8 +7,8 @@ HISTORIES.json: ``items`` N, ``train`` U histories, ``validation`` U targets or 
 ``patience`` checks, ``most_epochs``, ``device``, ``parallel`` trainings at once, ``threads`` of each, ``keep``, a
 folder where each training is kept after every check, so that the same command goes on where it stopped, or null.
 Settings and number of epochs are those of the best validation NDCG@10 with the first seed; the other seeds train with
-the same settings and stop by the same rule. With ``seconds`` the first settings and seed train for so long, validation
-unseen.
+the same settings and stop by the same rule. With ``seconds`` the first settings and seed are fitted once for so long,
+validation unseen.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
-from pytorch_lightning import Trainer, seed_everything  # noqa: E402
+from pytorch_lightning import Callback, Trainer, seed_everything  # noqa: E402
 from rectools import Columns  # noqa: E402
 from rectools.dataset import Dataset  # noqa: E402
 from rectools.models import SASRecModel  # noqa: E402
@@ -69,9 +69,33 @@ def ndcg(model: SASRecModel, histories: dict[int, list[int]], targets: dict[int,
     return float(sum(1 / math.log2(rank + 1) for rank in found[Columns.Rank]) / len(histories))
 
 
-def trainer(device: str, epochs: int = 1) -> Trainer:
+class Until(Callback):
+    """Counts the targets of a fit, and ends it with the first batch after some seconds.
+
+    Args:
+        seconds: From the first batch on.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.taken, self.targets, self.batches, self._started = seconds, 0.0, 0, 0, 0.0
+
+    def on_train_start(self, trainer: Trainer, module: object) -> None:
+        """Start the clock."""
+        self._started = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, module: object, outputs: object, batch: dict, place: int) -> None:
+        """Count a batch, and look at the clock."""
+        self.targets += int((batch["y"] != 0).sum())
+        self.batches += 1
+        self.taken = time.monotonic() - self._started
+        if self.taken >= self.seconds:
+            trainer.should_stop = True
+
+
+def trainer(device: str, epochs: int = 1, until: Until | None = None) -> Trainer:
     """Make a quiet trainer; how many more epochs it trains than those that lie behind it is said later."""
     return Trainer(
+        callbacks=[] if until is None else [until],
         max_epochs=epochs, enable_progress_bar=False, enable_model_summary=False, logger=False,
         enable_checkpointing=False, accelerator="cpu" if device == "cpu" else "gpu", devices=1,
     )  # fmt: skip
@@ -159,18 +183,22 @@ def fit(told: dict, settings: dict, seed: int, test: dict[int, list[int]]) -> di
 
 
 def fit_for(told: dict, test: dict[int, list[int]]) -> dict:
-    """Train for some seconds, an epoch before them to warm up; keep the test scores."""
+    """Fit once for some seconds, after a fit of another model to warm up; keep the test scores."""
     seed_everything(told["seeds"][0], verbose=False)
     torch.set_num_threads(told["threads"])
     data = dataset({user: own for user, own in enumerate(told["train"]) if own})
     made = {"get_trainer_func": lambda: trainer("cpu"), "recommend_torch_device": "cpu", **told["settings"][0]}
-    SASRecModel(**made).fit_partial(data, min_epochs=1, max_epochs=1)
-    model, epochs, started = SASRecModel(**made), 0, time.monotonic()
-    while time.monotonic() - started < told["seconds"]:
-        model.fit_partial(data, min_epochs=1, max_epochs=1)
-        epochs += 1
-    taken = time.monotonic() - started
-    return {"epochs": epochs, "seconds": taken, "scores": scores(model, test, told["items"])}
+    SASRecModel(**made).fit(data)
+    made["get_trainer_func"] = lambda: trainer("cpu", 1_000_000, Until(told["seconds"]))
+    model = SASRecModel(**made)
+    model.fit(data)
+    until = next(own for own in model.fit_trainer.callbacks if isinstance(own, Until))
+    return {
+        "epochs": until.batches / model.fit_trainer.num_training_batches,
+        "targets": until.targets,
+        "seconds": until.taken,
+        "scores": scores(model, test, told["items"]),
+    }
 
 
 def main(source: str, out: str) -> None:

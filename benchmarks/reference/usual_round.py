@@ -1,15 +1,16 @@
 """The usual way to carry out a federated round: every client trains by HF's Trainer on a base loaded for it alone.
 
-Float32, padded to the longest of a batch, logits at every position; then adapters are averaged by loops.
+Padded to the longest of a batch, logits at every position; then adapters are averaged by loops.
 """
 
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -31,10 +32,12 @@ class Usual:
     Args:
         adapter: Its LoRA tensors.
         loss: Mean loss per answer token, in nats.
+        load_seconds: What went into the base, its adapter and the Trainer before the first step.
     """
 
     adapter: AdapterState
     loss: float
+    load_seconds: float
 
 
 class _Trainer(Trainer):
@@ -42,11 +45,13 @@ class _Trainer(Trainer):
 
     in_order = False
     total, targets = 0.0, 0
+    first_step = 0.0
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int] | None:
         return SequentialSampler(self.train_dataset) if self.in_order else super()._get_train_sampler(*args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self.first_step = self.first_step or time.perf_counter()
         wanted = int((inputs["labels"][:, 1:] != -100).sum())
         told = super().compute_loss(model, inputs, *args, **kwargs)
         self.total += float((told[0] if isinstance(told, tuple) else told).detach()) * wanted
@@ -62,6 +67,7 @@ def train_usually(
     training: TrainingConfig,
     *,
     pad_token: int,
+    dtype: Literal["float32", "bfloat16"] = "float32",
     in_order: bool = False,
 ) -> Usual:
     """Load the base, wrap it by PEFT, train a client's adapter, and let the base go.
@@ -73,9 +79,11 @@ def train_usually(
         adapter: LoRA's settings.
         training: Batches, epochs, rate.
         pad_token: What rows are filled with.
+        dtype: Of the base. With bfloat16 the Trainer is told ``bf16=True``, and PEFT keeps the adapter in float32.
         in_order: Take the samples as they lie, rather than shuffled.
     """
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    started = time.perf_counter()
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
     model = usual_model(base, adapter)
     set_peft_model_state_dict(model, dict(initial))
     steps = training.local_epochs * -(-len(encoded) // training.batch_size)
@@ -91,6 +99,7 @@ def train_usually(
                 warmup_steps=min(training.warmup_steps, steps // 2),
                 max_grad_norm=training.clip_norm or 0.0,
                 use_cpu=True,
+                bf16=dtype == "bfloat16",
                 report_to=[],
                 save_strategy="no",
                 logging_strategy="no",
@@ -103,4 +112,4 @@ def train_usually(
         trainer.in_order = in_order
         trainer.train()
     state = {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()}
-    return Usual(state, trainer.total / trainer.targets)
+    return Usual(state, trainer.total / trainer.targets, trainer.first_step - started)

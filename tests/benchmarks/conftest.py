@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from benchmarks.deployment import Deployment
 from pplr.config import Config
+from pplr.testing import tiny_decoder, tiny_tokenizer
 
 TINY = (
     "backbone.name=item_vectors",
@@ -28,6 +31,20 @@ def tiny_config(tmp_path: Path, small_config: Callable[..., Config], model_folde
     path = tmp_path / "tiny.yaml"
     path.write_text(small_config(*TINY, f"backbone.model={model_folder}").to_yaml(), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def small_place(tmp_path: Path, small_config: Callable[..., Config]) -> SimpleNamespace:
+    """A deployment of a tiny model, cut as the demo is, and what makes its configuration as ``quickstart`` does."""
+    folder = tmp_path / "tiny"
+    tiny_decoder(layers=5, width=16).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    own = (f"backbone.model={folder}", "backbone.dtype=bfloat16", "cut.input_layers=2", "cut.output_layers=1")
+
+    def quickstart(*overrides: str) -> Config:
+        return small_config(*own, *overrides)
+
+    return SimpleNamespace(quickstart=quickstart, place=Deployment(tmp_path / "place", quickstart().cut, str(folder)))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 
 import pytest
 import torch
@@ -115,5 +116,5 @@ def test_a_result_is_shown_with_its_device(tmp_path, monkeypatch) -> None:
     summary.write_summary()
     page = (tmp_path / "page.md").read_text()
     assert "| the authors' 16 minutes on four GPUs | 8.00 | at least 5.33 | yes |" in page
-    assert "Measured on A GPU; " in page
+    assert f"Measured on {date.today().isoformat()} on A GPU beside " in page
     assert "- 120.0 s a round" in page

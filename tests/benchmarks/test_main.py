@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from benchmarks import __main__ as everything
-from benchmarks import summary
 
 
 @pytest.fixture
@@ -46,18 +43,3 @@ def test_those_that_are_named_run_alone(ran, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("name", everything.BENCHMARKS)
 def test_every_benchmark_is_there(name: str) -> None:
     assert importlib.util.find_spec(f"benchmarks.{name}") is not None
-
-
-def test_a_row_without_a_bound_is_told_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = {"processor": "p", "threads": 2, "torch": "t", "transformers": "f", "peft": "l"}
-    rows = [
-        {"name": "a", "against": "b", "ratio": 0.25, "at_least": None, "met": None},
-        {"name": "c", "against": "d", "ratio": 2.0, "at_least": 1.5, "met": True},
-    ]
-    (tmp_path / "x.json").write_text(json.dumps({"machine": machine, "rows": rows}))
-    monkeypatch.setattr(summary, "RESULTS", tmp_path)
-    monkeypatch.setattr(summary, "PAGE", tmp_path / "benchmarks.md")
-    summary.write_summary()
-    assert json.loads((tmp_path / "summary.json").read_text()) == rows
-    page = (tmp_path / "benchmarks.md").read_text()
-    assert "| a | b | 0.25 |  |  |\n| c | d | 2.00 | at least 1.5 | yes |" in page
