@@ -20,6 +20,7 @@ from pplr.data.prompts import Case, shown_title
 from pplr.errors import ConfigError, StorageError
 from pplr.recommend.generation import generate
 from pplr.recommend.grounding import l2_scores, trie_scores
+from pplr.recommend.title_search import TitleBeam, search_titles
 from pplr.recommend.trie import TitleTrie, TrieConstraint, generated_titles
 from pplr.stages.client_model import ClientModel
 from pplr.storage import cache_dir, sha256_bytes, sha256_file, write_atomic
@@ -220,22 +221,30 @@ class GenerativeRanker:
     def _by_trie(self, cases: Sequence[Case], prompts: Sequence[tuple[int, ...]]) -> Tensor:
         if self._trie is None:
             raise ConfigError("this ranker has no trie", cure="Set evaluation.grounding to trie.")
-        longest = max(len(prompt) for prompt in prompts)
-        beams = self._config.beams
-        constraint = TrieConstraint(self._trie, longest, beams, exclude=[case.seen for case in cases])
+        exclude, beams = [case.seen for case in cases], self._config.beams
+        if self._backbone.takes_masks:
+            found = search_titles(self._model, prompts, self._trie, beams=beams, exclude=exclude)
+        else:
+            found = self._by_constraint(self._trie, prompts, exclude)
+        return trie_scores(found, self._space.embeddings[self._space.title_of], self._trie.title_of)
+
+    def _by_constraint(
+        self, trie: TitleTrie, prompts: Sequence[tuple[int, ...]], exclude: Sequence[Sequence[int]]
+    ) -> list[list[TitleBeam]]:
+        """Find titles a token of every beam at a time, where blocks look back a limited way."""
+        beams, longest = self._config.beams, max(len(prompt) for prompt in prompts)
         written = generate(
             self._model,
             prompts,
             beams=beams,
-            max_new_tokens=self._trie.max_length + 1,
-            stop_tokens=[self._trie.end_token],
+            max_new_tokens=trie.max_length + 1,
+            stop_tokens=[trie.end_token],
             returned=beams,
             length_penalty=0.0,
-            processors=[constraint],
+            processors=[TrieConstraint(trie, longest, beams, exclude=exclude)],
         )
         scores = torch.zeros(len(written.sequences)) if written.scores is None else written.scores
-        found = generated_titles(self._trie, written.sequences, scores, written.prompt_length, len(prompts))
-        return trie_scores(found, self._space.embeddings[self._space.title_of], self._trie.title_of)
+        return generated_titles(trie, written.sequences, scores, written.prompt_length, len(prompts))
 
 
 def _decoder(model: ClientModel) -> CausalLM:
