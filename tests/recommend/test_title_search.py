@@ -13,7 +13,7 @@ from pplr.errors import DataError
 from pplr.recommend import title_search
 from pplr.recommend.decoding import TokenTree
 from pplr.recommend.generation import generate
-from pplr.recommend.title_search import search_titles
+from pplr.recommend.title_search import search_titles, walk_titles
 from pplr.recommend.trie import TitleTrie, TrieConstraint, generated_titles
 from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
@@ -131,3 +131,83 @@ def test_what_does_not_fit_is_refused():
         search_titles(model, [[1, 2]], TitleTrie([[300]], 256), beams=2, exclude=[[]])
     with pytest.raises(DataError, match="item 10 is not among"):
         search_titles(model, [[1, 2]], _trie(), beams=2, exclude=[[10]])
+
+
+@pytest.mark.parametrize("plan", PLANS[1:], ids=["k1-m1", "uncut"])
+def test_who_waits_finds_what_is_found_alone(backbone: CausalLM, plan: CutPlan):
+    """New users join those who still search, at other places and with other lengths, again and again."""
+    model, trie, alike = _client(backbone, plan), _trie(), list(range(60, 63))
+    prompts = _prompts(9, 4, 13, 1, 6, 30, 2, 5, 17, 8, 3, 11, alike=3)
+    exclude = [EXCLUDE[number % 5] if number % 4 else list(range(10)) for number in range(len(prompts))]
+    alone = [
+        search_titles(model, [prompt], trie, beams=3, exclude=[own])[0]
+        for prompt, own in zip(prompts, exclude, strict=True)
+    ]
+    for places in (1, 2, 5):
+        found = list(walk_titles(model, prompts, trie, beams=3, exclude=exclude, opening=alike, places=places))
+        assert sorted(number for number, _ in found) == list(range(len(prompts)))
+        _assert_same([dict(found)[number] for number in range(len(prompts))], alone)
+
+
+def test_new_users_join_those_who_still_search(monkeypatch: pytest.MonkeyPatch):
+    """So fewer passes are made than batch by batch, and what was let go of is held no longer."""
+    model, trie, held = _client(tiny_backbone(), PLANS[1]), _trie(), list[tuple[int, ...]]()
+    prompts = _prompts(*([9, 4, 13, 1, 6, 30, 2, 5] * 4))
+    exclude = [EXCLUDE[number % 5] for number in range(len(prompts))]
+    extend = TokenTree.extend
+
+    def counted(self: TokenTree, tokens: Any, after: Any) -> torch.Tensor:
+        states = extend(self, tokens, after)
+        held.append(self._sees.shape)
+        return states
+
+    monkeypatch.setattr(TokenTree, "extend", counted)
+    monkeypatch.setattr(title_search, "_PASS_TOKENS", 1)
+    dict(walk_titles(model, prompts, trie, beams=3, exclude=exclude, places=8))
+    together = len(held)
+    assert max(shape[1] for shape in held) < 200
+    assert max(shape[2] for shape in held) < 200
+    for start in range(0, len(prompts), 8):
+        part = slice(start, start + 8)
+        search_titles(model, prompts[part], trie, beams=3, exclude=exclude[part])
+    assert together < len(held) - together
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=["k0-m0", "k1-m1", "uncut"])
+def test_the_opening_is_run_once_for_an_adapter(plan: CutPlan):
+    backbone, trie, opening = tiny_backbone(), _trie(), list(range(60, 70))
+    cut = CutModel(backbone, plan, AdapterConfig(rank=4), TrainingConfig())
+    model, (one, other) = cut.client("one", random_adapter(cut.shapes)), _prompts(4, 7, alike=10)
+
+    def ask(prompt: list[int], opening: list[int]) -> tuple[list[Any], float]:
+        before = model.traffic.bytes_up
+        found = search_titles(model, [prompt], trie, beams=3, exclude=[[]], opening=opening)
+        return found, (model.traffic.bytes_up - before) / (32 * 4)
+
+    def check(prompt: list[int], runs_opening: bool) -> None:
+        expected, whole = ask(prompt, [])
+        found, crossed = ask(prompt, opening)
+        _assert_same(found, expected)
+        if model.transport is not None:
+            assert crossed == whole - (0 if runs_opening else 10)
+
+    check(one, runs_opening=True)
+    check(other, runs_opening=False)
+    model.set_adapter(random_adapter(cut.shapes, seed=1))
+    assert not model._openings
+    check(other, runs_opening=True)
+    check(one, runs_opening=False)
+    for tensor in model.adapter().values():  # whoever writes it, and wherever it is
+        tensor.add_(0.1)
+    check(one, runs_opening=True)
+    check(other, runs_opening=False)
+    if plan.middle and cut.host is not None:
+        cut.host.discard("one")
+        check(other, runs_opening=model.transport is not None)
+    model.begin_round(1)
+    assert not model._openings
+    for start in range(5):
+        model.opening([start, 7, 8])
+    assert len(model._openings) == 2
+    if cut.host is not None and model.transport is not None:
+        assert len(cut.host._of("one").caches) == 2

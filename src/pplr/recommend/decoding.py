@@ -40,19 +40,23 @@ class Beams(Protocol):
         """
 
 
-def beams_of(model: ClientModel, cache: GenerationCache, prompts: Sequence[Sequence[int]]) -> Beams:
+def beams_of(
+    model: ClientModel, cache: GenerationCache, prompts: Sequence[Sequence[int]], opening: Sequence[int] = ()
+) -> Beams:
     """Choose how beams are held: packed, or each in a row where blocks look back a limited way only.
 
     Args:
         model: A client's model with a ``causal_lm`` backbone.
         cache: Its open caches, empty.
         prompts: B token sequences.
+        opening: What every prompt begins with, whoever it is about.
     """
     backbone = model.backbone
     if not isinstance(backbone, CausalLM):
         raise TypeError(f"only causal_lm generates, not {type(backbone).__name__}")
-    kind = PackedBeams if backbone.takes_masks else RowBeams
-    return kind(model, backbone, cache, prompts)
+    if backbone.takes_masks:
+        return PackedBeams(model, backbone, cache, prompts, opening)
+    return RowBeams(model, backbone, cache, prompts)
 
 
 class TokenTree:
@@ -69,16 +73,28 @@ class TokenTree:
         model: A client's model.
         backbone: Its backbone.
         cache: Its open caches, empty.
+        opening: What every prompt begins with, whoever it is about; see
+            :meth:`~pplr.stages.client_model.ClientModel.opening`.
     """
 
-    def __init__(self, model: ClientModel, backbone: CausalLM, cache: GenerationCache) -> None:
+    def __init__(
+        self, model: ClientModel, backbone: CausalLM, cache: GenerationCache, opening: Sequence[int] = ()
+    ) -> None:
         self._model, self._backbone, self._cache = model, backbone, cache
+        self._opening = tuple(opening)
         self._sees: NDArray[np.bool_] = np.zeros((0, 1, 0), dtype=np.bool_)  # (B, S, L) what follows a slot sees
+        self._first = 1  # the slot that is second in what is held; those between 0 and it belonged to rows that left
+        self._entered: list[int] = []  # B numbers, the first slot after each row's prompt
+
+    @property
+    def is_used(self) -> bool:
+        """Whether prompts were run."""
+        return self._sees.shape[2] > 0
 
     @property
     def slots(self) -> int:
-        """S, the number of the first slot that :meth:`extend` will give."""
-        return self._sees.shape[1]
+        """The number of the first slot that :meth:`extend` will give."""
+        return self._first - 1 + self._sees.shape[1]
 
     def begin(self, prompts: Sequence[Sequence[int]], tail: int = 1) -> Tensor:
         """Run prompts, what they share once: the states of their last tokens, (B, tail, D), before the final norm.
@@ -87,15 +103,23 @@ class TokenTree:
             prompts: B token sequences.
             tail: How many of the last states; those that a shorter prompt lacks are of no use.
         """
-        shared = min(common_prefix(prompts), min(map(len, prompts)) - tail) if len(prompts) > 1 else 0
-        device = self._backbone.device
-        if shared > 0:
+        device, shared = self._backbone.device, len(self._opening)
+        begins = all(len(own) >= shared + tail and tuple(own[:shared]) == self._opening for own in prompts)
+        kept = self._model.opening(self._opening) if begins else None
+        if kept is not None:
+            self._model.append_rows(self._cache, kept, torch.zeros(len(prompts), dtype=torch.long, device=device))
+        elif len(prompts) > 1:
+            shared = min(common_prefix(prompts), min(map(len, prompts)) - tail)
+        else:
+            shared = 0
+        if shared > 0 and kept is None:
             self._decode(torch.tensor([prompts[0][:shared]], device=device), torch.ones(1, shared, device=device))
             self._model.reorder(self._cache, torch.zeros(len(prompts), dtype=torch.long, device=device))
         shared = max(shared, 0)
         rest, real = padded_left([prompt[shared:] for prompt in prompts], self._backbone.pad_token)
         tokens, is_real = rest.shape[1], real.bool().numpy()
         before = np.ones((len(rest), shared), dtype=np.bool_)
+        self._entered = [1] * len(rest)
         self._sees = np.concatenate([before, is_real], axis=1)[:, None]
         if not shared:
             return self._decode(rest.to(device), real.to(device))[:, -tail:]
@@ -104,11 +128,33 @@ class TokenTree:
         sees = np.concatenate([np.repeat(before[:, None], tokens, axis=1), own], axis=2)  # (B, tokens, L)
         return self._see(rest, sees, real.sum(dim=1))[:, -tail:]
 
+    def join(self, prompts: Sequence[Sequence[int]], tail: int = 1) -> Tensor:
+        """Let new users' prompts be rows after those that are there; see :meth:`begin`.
+
+        Tokens that none of the present rows sees any more are let go of.
+        """
+        with self._model.generation() as cache:
+            fresh = TokenTree(self._model, self._backbone, cache, self._opening)
+            states = fresh.begin(prompts, tail)
+            skip = int(self._sees.any(axis=(0, 1)).argmax())
+            rows = torch.arange(len(prompts), device=self._backbone.device)
+            self._model.append_rows(self._cache, cache, rows, skip)
+        gone = min(self._entered) - self._first
+        old, new = np.delete(self._sees[:, :, skip:], slice(1, 1 + gone), axis=1), fresh._sees
+        self._first += gone
+        self._entered += [self._first - 1 + old.shape[1]] * len(new)
+        longest, slots = max(old.shape[2], new.shape[2]), old.shape[1]
+        self._sees = np.zeros((len(old) + len(new), slots, longest), dtype=np.bool_)
+        self._sees[: len(old), :, longest - old.shape[2] :] = old
+        self._sees[len(old) :, :1, longest - new.shape[2] :] = new
+        return states
+
     def keep(self, rows: Sequence[int]) -> None:
         """Let go of all rows but these."""
         if list(rows) != list(range(len(self._sees))):
             self._model.reorder(self._cache, torch.tensor(rows, dtype=torch.long, device=self._backbone.device))
             self._sees = self._sees[list(rows)]
+            self._entered = [self._entered[row] for row in rows]
 
     def extend(self, tokens: NDArray[np.int64], after: NDArray[np.int64]) -> Tensor:
         """Run tokens: the states after them, (B, T, D), before the final norm.
@@ -121,9 +167,10 @@ class TokenTree:
         new = tokens.shape[1]
         sees = np.zeros((rows, slots + new, past + new), dtype=np.bool_)
         sees[:, :slots, :past] = self._sees
+        places = np.where(after > 0, after - self._first + 1, after)
         for column in range(new):
-            real = np.flatnonzero(after[:, column] >= 0)
-            sees[real, slots + column] = sees[real, after[real, column]]
+            real = np.flatnonzero(places[:, column] >= 0)
+            sees[real, slots + column] = sees[real, places[real, column]]
             sees[:, slots + column, past + column] = True
         self._sees = sees
         return self._see(torch.from_numpy(tokens), sees[:, slots:], torch.from_numpy((after >= 0).sum(axis=1)))
@@ -147,13 +194,19 @@ class PackedBeams:
         backbone: Its backbone.
         cache: Its open caches, empty.
         prompts: B token sequences.
+        opening: What every prompt begins with, whoever it is about.
     """
 
     def __init__(
-        self, model: ClientModel, backbone: CausalLM, cache: GenerationCache, prompts: Sequence[Sequence[int]]
+        self,
+        model: ClientModel,
+        backbone: CausalLM,
+        cache: GenerationCache,
+        prompts: Sequence[Sequence[int]],
+        opening: Sequence[int] = (),
     ) -> None:
         self._backbone, self._prompts = backbone, prompts
-        self._tree = TokenTree(model, backbone, cache)
+        self._tree = TokenTree(model, backbone, cache, opening)
         self._slots = np.zeros((len(prompts), 1), dtype=np.int64)  # (B, W) where each beam ends
 
     def begin(self) -> Tensor:

@@ -13,7 +13,8 @@ Letters: B users, W beams, T tokens of a pass for each user, V vocabulary.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,10 +28,12 @@ from pplr.recommend.decoding import TokenTree
 from pplr.recommend.trie import TitleTrie
 from pplr.stages.client_model import ClientModel
 
-__all__ = ["TitleBeam", "search_titles"]
+__all__ = ["TitleBeam", "search_titles", "walk_titles"]
 
 _PASS_TOKENS = 64
 """Tokens that a pass may have over all users for the sake of later steps: so few cost little more than one."""
+_SHARE = 4
+"""New users enter when one of so many places is free, so that they are not run one at a time."""
 _LEAST_SHARE = 0.2
 """How likely a node has to be needed to be run before it is."""
 _HEAD_ROWS = 64
@@ -140,7 +143,6 @@ class _Walk:
         return [(self.trie.items_at(node), score) for node, score in self.found]
 
 
-@torch.no_grad()
 def search_titles(
     model: ClientModel,
     prompts: Sequence[Sequence[int]],
@@ -148,8 +150,9 @@ def search_titles(
     *,
     beams: int,
     exclude: Sequence[Sequence[int]],
+    opening: Sequence[int] = (),
 ) -> list[list[TitleBeam]]:
-    """Find the titles that a model would most likely write after prompts.
+    """Find the titles that a model would most likely write after prompts, all of them in one batch.
 
     Args:
         model: A client's model, whose blocks take any mask (:attr:`~pplr.backbones.causal_lm.CausalLM.takes_masks`).
@@ -157,12 +160,45 @@ def search_titles(
         trie: The catalog's titles.
         beams: W, also the most titles of each user.
         exclude: For each user, items that are not to be told; a title is left out when all its items are among them.
+        opening: What every prompt begins with, whoever it is about.
 
     Returns:
         For each user, the items of each title and its score, best first; fewer than W where fewer titles are left.
 
     Raises:
         DataError: The vocabulary does not fit, or an excluded item is outside the catalog.
+    """
+    found = dict(walk_titles(model, prompts, trie, beams=beams, exclude=exclude, opening=opening, places=len(prompts)))
+    return [found[number] for number in range(len(prompts))]
+
+
+@torch.no_grad()
+def walk_titles(
+    model: ClientModel,
+    prompts: Sequence[Sequence[int]],
+    trie: TitleTrie,
+    *,
+    beams: int,
+    exclude: Sequence[Sequence[int]],
+    opening: Sequence[int] = (),
+    places: int,
+) -> Iterator[tuple[int, list[TitleBeam]]]:
+    """Find titles as :func:`search_titles` does, of users who wait in a queue until there is a place for them.
+
+    Whoever is done leaves; once a quarter of the places is free, those who are next are run and join those who are
+    still there. Across a network nobody joins: the next enter when all are done.
+
+    Args:
+        model: As there, and so are the others but the last.
+        prompts: B token sequences.
+        trie: The catalog's titles.
+        beams: W.
+        exclude: For each user, items that are not to be told.
+        opening: What every prompt begins with.
+        places: Most users at a time.
+
+    Yields:
+        A user's number among the prompts, and what was found, as soon as that is known.
     """
     backbone = model.backbone
     if not isinstance(backbone, CausalLM):
@@ -174,15 +210,30 @@ def search_titles(
             cure="Tokenise the titles with the model's own tokenizer.",
         )
     walks = [_walk(trie, beams, items) for items in exclude]
-    going = [walk for walk in walks if len(walk.follows(0))]
-    with model.generation() as cache:
-        tree = TokenTree(model, backbone, cache)
-        if going:
-            chosen = [prompt for prompt, walk in zip(prompts, walks, strict=True) if len(walk.follows(0))]
-            _begin(tree, backbone, going, chosen)
-        while going := _advanced(tree, going):
-            _extend(tree, backbone, going)
-    return [walk.titles() for walk in walks]
+    waiting = [number for number, walk in enumerate(walks) if len(walk.follows(0))]
+    yield from ((number, []) for number, walk in enumerate(walks) if not len(walk.follows(0)))
+    with ExitStack() as stack:
+        tree, going = TokenTree(model, backbone, stack.enter_context(model.generation()), opening), list[int]()
+        while waiting or going:
+            free = places - len(going)
+            if waiting and (not going or (model.moves_rows and free >= min(len(waiting), max(1, places // _SHARE)))):
+                new, waiting = waiting[:free], waiting[free:]
+                if not going and tree.is_used:
+                    stack.close()
+                    tree = TokenTree(model, backbone, stack.enter_context(model.generation()), opening)
+                _enter(tree, backbone, [walks[number] for number in new], [prompts[n] for n in new], joins=bool(going))
+                going += new
+            else:
+                _extend(tree, backbone, [walks[number] for number in going])
+            rows = [row for row, number in enumerate(going) if walks[number].advance()]
+            left = [going[row] for row in rows]
+            for number in going:
+                if number not in left:
+                    yield number, walks[number].titles()
+                    walks[number].told.clear()
+            if left and len(left) < len(going):
+                tree.keep(rows)
+            going = left
 
 
 def _walk(trie: TitleTrie, width: int, exclude: Sequence[int]) -> _Walk:
@@ -190,26 +241,21 @@ def _walk(trie: TitleTrie, width: int, exclude: Sequence[int]) -> _Walk:
     return _Walk(trie, width, below, at, ahead=width * (trie.max_length + 1))
 
 
-def _begin(tree: TokenTree, backbone: CausalLM, walks: Sequence[_Walk], prompts: Sequence[Sequence[int]]) -> None:
+def _enter(
+    tree: TokenTree, backbone: CausalLM, walks: Sequence[_Walk], prompts: Sequence[Sequence[int]], *, joins: bool
+) -> None:
     """Run prompts, each with what all its user's titles begin with."""
     openings = [walk.opening() for walk in walks]
     tail = 1 + max(map(len, openings))
     written = [
-        [*prompt, *walk.trie.tokens_to(opening)] for walk, prompt, opening in zip(walks, prompts, openings, strict=True)
+        [*prompt, *walk.trie.tokens_to(opening).tolist()]
+        for walk, prompt, opening in zip(walks, prompts, openings, strict=True)
     ]
-    states = tree.begin(written, tail)
+    states = tree.join(written, tail) if joins else tree.begin(written, tail)
     nodes = [[0, *opening] for opening in openings]
     for walk, own in zip(walks, nodes, strict=True):
         walk.slots[own[-1]] = 0
     _learn(backbone, walks, nodes, states)
-
-
-def _advanced(tree: TokenTree, walks: Sequence[_Walk]) -> list[_Walk]:
-    """Take the steps that need no pass, and let go of the users who are done."""
-    rows = [row for row, walk in enumerate(walks) if walk.advance()]
-    if rows:
-        tree.keep(rows)
-    return [walks[row] for row in rows]
 
 
 def _extend(tree: TokenTree, backbone: CausalLM, walks: Sequence[_Walk]) -> None:
