@@ -135,6 +135,22 @@ def test_a_damaged_cache_is_refused_by_name(model: ClientModel, space: TitleSpac
     assert torch.equal(again.embeddings, space.embeddings)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
+def test_cached_embeddings_are_mapped_and_not_copied(model: ClientModel, space: TitleSpace):
+    again = TitleSpace.build(model, tiny_catalog())
+    assert torch.equal(again.embeddings, space.embeddings)
+    (path,) = (cache_dir() / "title_embeddings").glob("*.safetensors")
+
+    def lies_in_file(tensor: torch.Tensor) -> bool:
+        lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
+        spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+        first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        return any(start <= first and last <= end for start, end in spans)
+
+    assert lies_in_file(again.embeddings)
+    assert not lies_in_file(again.embeddings.clone())
+
+
 # -- rankings -------------------------------------------------------------------------------------------------
 
 
