@@ -153,3 +153,26 @@ def test_it_is_used_for_short_causal_sequences_that_train_in_bfloat16(
         calls.clear()
         attention._attention(module, query.detach(), key.detach(), value.detach(), given, **options)
         assert not calls
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("heads", "shared"), [(9, 3), (4, 1), (4, 4)])
+@pytest.mark.parametrize("tokens", [1, 7, 90])
+def test_shared_heads_are_read_where_they_are(
+    dtype: torch.dtype, heads: int, shared: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a mask and no gradient: what transformers computes with copies of keys and values for every head."""
+    query, key, value = (own.detach() for own in draw(2, heads, shared, 90, 8, dtype))
+    query, module = query[:, :, -tokens:], nn.Module()
+    module.num_key_value_groups = heads // shared  # type: ignore[assignment]
+    mask = torch.rand(2, 1, tokens, 90, generator=torch.Generator().manual_seed(1)) > 0.4
+    mask[..., 3] = True
+    expected, _ = attention.sdpa_attention_forward(module, query, key, value, mask, scaling=0.3, is_causal=False)
+    calls: list[int] = []
+    grouped = attention._grouped
+    monkeypatch.setattr(attention, "_grouped", lambda *own: (calls.append(1), grouped(*own))[1])
+    found = attention._alone(module, query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(found, expected)
+    assert len(calls) == (heads > shared)
+    attention._alone(module, query.requires_grad_(True), key, value, mask, scaling=0.3)
+    assert len(calls) == (heads > shared)

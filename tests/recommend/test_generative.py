@@ -14,7 +14,9 @@ from pplr.data.interactions import Catalog
 from pplr.data.prompts import Case, PromptTemplate
 from pplr.errors import ConfigError, StorageError
 from pplr.recommend import generative
+from pplr.recommend.evaluation import evaluate, scored
 from pplr.recommend.generative import GenerativeRanker, TitleSpace, embed_texts
+from pplr.recommend.metrics import batch_ranks
 from pplr.recommend.trie import TitleTrie
 from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
@@ -131,6 +133,22 @@ def test_a_damaged_cache_is_refused_by_name(model: ClientModel, space: TitleSpac
     stored.unlink()  # the cure
     again = TitleSpace.build(model, tiny_catalog())
     assert torch.equal(again.embeddings, space.embeddings)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
+def test_cached_embeddings_are_mapped_and_not_copied(model: ClientModel, space: TitleSpace):
+    again = TitleSpace.build(model, tiny_catalog())
+    assert torch.equal(again.embeddings, space.embeddings)
+    (path,) = (cache_dir() / "title_embeddings").glob("*.safetensors")
+
+    def lies_in_file(tensor: torch.Tensor) -> bool:
+        lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
+        spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+        first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        return any(start <= first and last <= end for start, end in spans)
+
+    assert lies_in_file(again.embeddings)
+    assert not lies_in_file(again.embeddings.clone())
 
 
 # -- rankings -------------------------------------------------------------------------------------------------
@@ -288,3 +306,38 @@ def test_another_backbone_is_refused(model: ClientModel, monkeypatch: pytest.Mon
     monkeypatch.setattr(model, "backbone", Other())
     with refuses(ConfigError, "'other' writes no titles"):
         embed_texts(model, TEXTS)
+
+
+def test_a_queue_scores_as_one_user_at_a_time(model: ClientModel, space: TitleSpace):
+    """Evaluation and lists for all users take whoever waits; each is scored as alone."""
+    config = EvaluationConfig(grounding="trie", beams=3)
+    ranker = GenerativeRanker(model, space, config, history_items=10)
+    cases = [Case(number, own.history, own.targets, own.seen) for number, own in enumerate(CASES * 3)]
+    alone = np.concatenate([ranker.scores([case]) for case in cases])
+    assert ranker.queues
+    found = list(scored(ranker, cases, 2))
+    assert sorted(place for places, _ in found for place in places) == list(range(len(cases)))
+    for places, scores in found:
+        np.testing.assert_allclose(scores, alone[places], rtol=1e-4, atol=1e-4)
+    told = evaluate(ranker, {"a": cases[:5], "b": cases[5:]}, [1, 5], 2)
+    naive = [batch_ranks(ranker.scores([case]), [case])[0][0] for case in cases]
+    assert told.values["mrr"].tolist() == pytest.approx([1 / rank for rank in naive])
+    by_distance = GenerativeRanker(model, space, EvaluationConfig(beams=2, max_new_tokens=4), history_items=10)
+    assert not by_distance.queues
+
+
+def test_the_opening_of_prompts_crosses_once(trees: CausalLM, space: TitleSpace):
+    """What every prompt begins with tells of no user, and is kept until the adapter changes."""
+    cut = CutModel(trees, CutPlan(1, 1, 4), AdapterConfig(rank=4), TrainingConfig())
+    one = cut.client("one", random_adapter(cut.shapes))
+    for config in (EvaluationConfig(grounding="trie", beams=2), EvaluationConfig(beams=2, max_new_tokens=3)):
+        ranker = GenerativeRanker(one, space, config, history_items=10)
+        one.close_openings()
+        readings = []
+        for _ in range(2):
+            before = one.traffic.bytes_up
+            readings.append(ranker.scores(CASES[:1]))
+            readings.append(one.traffic.bytes_up - before)
+        np.testing.assert_array_equal(readings[0], readings[2])
+        assert readings[1] - readings[3] == len(trees.opening) * 32 * 4
+        assert len(trees.opening) > 10

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -141,8 +142,38 @@ def _alone(
         query, key, value = query.float(), key.float(), value.float()
         if attention_mask is not None and attention_mask.dtype == dtype:
             attention_mask = attention_mask.float()
+    if _reads_shared_heads(query, key, attention_mask, options):
+        return _grouped(query, key, value, attention_mask, options.get("scaling")).to(dtype)
     states, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     return states.to(dtype)
+
+
+def _reads_shared_heads(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
+    """Tell whether transformers would copy keys and values for every query head that shares them, needlessly."""
+    return (
+        mask is not None
+        and mask.dim() == 4
+        and mask.shape[1] == 1
+        and query.device.type == "cpu"
+        and not query.requires_grad
+        and not key.requires_grad
+        and query.shape[1] > key.shape[1]
+        and not any(options.get(name) for name in ("dropout", "softcap", "cache"))
+        and options.get("position_bias") is None
+    )
+
+
+def _grouped(query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None) -> Tensor:
+    """Attend with the queries of all heads that share a key head as rows of one: (B, heads, T, d) -> (B, T, heads, d).
+
+    The scores of each query are the same sums as with copies of keys and values.
+    """
+    batch, heads, tokens, width = query.shape
+    shared = key.shape[1]
+    rows = query.reshape(batch, shared, heads // shared * tokens, width)
+    masks = mask.repeat(1, 1, heads // shared, 1)
+    states = F.scaled_dot_product_attention(rows, key, value, attn_mask=masks, scale=scaling)
+    return states.reshape(batch, heads, tokens, width).transpose(1, 2)
 
 
 def _rows(states: Tensor, part: Part) -> Tensor:

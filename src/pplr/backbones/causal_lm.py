@@ -257,6 +257,11 @@ class CausalLM(Backbone):
         """
         return self.titles.prompt(titles, reserve, self.max_tokens)[0]
 
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """The tokens that every prompt begins with, whatever the history: they tell of no user."""
+        return self.titles.whole_prompt(["A"])[: self.titles.opening]
+
     def answer_tokens(self, title: str) -> tuple[int, ...]:
         """Encode a title as the answer, with the token that ends it."""
         return self.titles.answer(title)

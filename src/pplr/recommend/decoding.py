@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pplr.backbones.causal_lm import CausalLM
@@ -16,7 +18,7 @@ from pplr.backbones.shared_row import common_prefix
 from pplr.stages.client_model import ClientModel, GenerationCache
 from pplr.stages.stage import StageCall
 
-__all__ = ["Beams", "PackedBeams", "RowBeams", "beams_of", "padded_left"]
+__all__ = ["Beams", "PackedBeams", "RowBeams", "TokenTree", "beams_of", "padded_left"]
 
 
 class Beams(Protocol):
@@ -38,84 +40,186 @@ class Beams(Protocol):
         """
 
 
-def beams_of(model: ClientModel, cache: GenerationCache, prompts: Sequence[Sequence[int]]) -> Beams:
+def beams_of(
+    model: ClientModel, cache: GenerationCache, prompts: Sequence[Sequence[int]], opening: Sequence[int] = ()
+) -> Beams:
     """Choose how beams are held: packed, or each in a row where blocks look back a limited way only.
 
     Args:
         model: A client's model with a ``causal_lm`` backbone.
         cache: Its open caches, empty.
         prompts: B token sequences.
+        opening: What every prompt begins with, whoever it is about.
     """
     backbone = model.backbone
     if not isinstance(backbone, CausalLM):
         raise TypeError(f"only causal_lm generates, not {type(backbone).__name__}")
-    kind = PackedBeams if backbone.takes_masks else RowBeams
-    return kind(model, backbone, cache, prompts)
+    if backbone.takes_masks:
+        return PackedBeams(model, backbone, cache, prompts, opening)
+    return RowBeams(model, backbone, cache, prompts)
+
+
+class TokenTree:
+    """A row for each user: its prompt, and a tree of tokens after it, each of which sees the prompt and the way to it.
+
+    So the keys and values of a prompt are held and read once for all that is written after it, and no step moves any.
+    Several tokens that follow one another can be run at once. What all prompts begin with alike, such as the
+    instruction, is run once for all of them.
+
+    What can be written on after has a number in its row, its slot: 0 is the prompt, then tokens in the order in which
+    they were run, padding among them. Letters: S slots of a row, L tokens in the caches.
+
+    Args:
+        model: A client's model.
+        backbone: Its backbone.
+        cache: Its open caches, empty.
+        opening: What every prompt begins with, whoever it is about; see
+            :meth:`~pplr.stages.client_model.ClientModel.opening`.
+    """
+
+    def __init__(
+        self, model: ClientModel, backbone: CausalLM, cache: GenerationCache, opening: Sequence[int] = ()
+    ) -> None:
+        self._model, self._backbone, self._cache = model, backbone, cache
+        self._opening = tuple(opening)
+        self._sees: NDArray[np.bool_] = np.zeros((0, 1, 0), dtype=np.bool_)  # (B, S, L) what follows a slot sees
+        self._first = 1  # the slot that is second in what is held; those between 0 and it belonged to rows that left
+        self._entered: list[int] = []  # B numbers, the first slot after each row's prompt
+
+    @property
+    def is_used(self) -> bool:
+        """Whether prompts were run."""
+        return self._sees.shape[2] > 0
+
+    @property
+    def slots(self) -> int:
+        """The number of the first slot that :meth:`extend` will give."""
+        return self._first - 1 + self._sees.shape[1]
+
+    def begin(self, prompts: Sequence[Sequence[int]], tail: int = 1) -> Tensor:
+        """Run prompts, what they share once: the states of their last tokens, (B, tail, D), before the final norm.
+
+        Args:
+            prompts: B token sequences.
+            tail: How many of the last states; those that a shorter prompt lacks are of no use.
+        """
+        device, shared = self._backbone.device, len(self._opening)
+        begins = all(len(own) >= shared + tail and tuple(own[:shared]) == self._opening for own in prompts)
+        kept = self._model.opening(self._opening) if begins else None
+        if kept is not None:
+            self._model.append_rows(self._cache, kept, torch.zeros(len(prompts), dtype=torch.long, device=device))
+        elif len(prompts) > 1:
+            shared = min(common_prefix(prompts), min(map(len, prompts)) - tail)
+        else:
+            shared = 0
+        if shared > 0 and kept is None:
+            self._decode(torch.tensor([prompts[0][:shared]], device=device), torch.ones(1, shared, device=device))
+            self._model.reorder(self._cache, torch.zeros(len(prompts), dtype=torch.long, device=device))
+        shared = max(shared, 0)
+        rest, real = padded_left([prompt[shared:] for prompt in prompts], self._backbone.pad_token)
+        tokens, is_real = rest.shape[1], real.bool().numpy()
+        before = np.ones((len(rest), shared), dtype=np.bool_)
+        self._entered = [1] * len(rest)
+        self._sees = np.concatenate([before, is_real], axis=1)[:, None]
+        if not shared:
+            return self._decode(rest.to(device), real.to(device))[:, -tail:]
+        own = np.tri(tokens, dtype=np.bool_) & is_real[:, None]
+        own |= np.eye(tokens, dtype=np.bool_)  # padding sees itself, and nobody sees it
+        sees = np.concatenate([np.repeat(before[:, None], tokens, axis=1), own], axis=2)  # (B, tokens, L)
+        return self._see(rest, sees, real.sum(dim=1))[:, -tail:]
+
+    def join(self, prompts: Sequence[Sequence[int]], tail: int = 1) -> Tensor:
+        """Let new users' prompts be rows after those that are there; see :meth:`begin`.
+
+        Tokens that none of the present rows sees any more are let go of.
+        """
+        with self._model.generation() as cache:
+            fresh = TokenTree(self._model, self._backbone, cache, self._opening)
+            states = fresh.begin(prompts, tail)
+            skip = int(self._sees.any(axis=(0, 1)).argmax())
+            rows = torch.arange(len(prompts), device=self._backbone.device)
+            self._model.append_rows(self._cache, cache, rows, skip)
+        gone = min(self._entered) - self._first
+        old, new = np.delete(self._sees[:, :, skip:], slice(1, 1 + gone), axis=1), fresh._sees
+        self._first += gone
+        self._entered += [self._first - 1 + old.shape[1]] * len(new)
+        longest, slots = max(old.shape[2], new.shape[2]), old.shape[1]
+        self._sees = np.zeros((len(old) + len(new), slots, longest), dtype=np.bool_)
+        self._sees[: len(old), :, longest - old.shape[2] :] = old
+        self._sees[len(old) :, :1, longest - new.shape[2] :] = new
+        return states
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Let go of all rows but these."""
+        if list(rows) != list(range(len(self._sees))):
+            self._model.reorder(self._cache, torch.tensor(rows, dtype=torch.long, device=self._backbone.device))
+            self._sees = self._sees[list(rows)]
+            self._entered = [self._entered[row] for row in rows]
+
+    def extend(self, tokens: NDArray[np.int64], after: NDArray[np.int64]) -> Tensor:
+        """Run tokens: the states after them, (B, T, D), before the final norm.
+
+        Args:
+            tokens: (B, T), padded on the left.
+            after: (B, T) the slot that each follows, which may be one of an earlier column; -1 for padding.
+        """
+        rows, slots, past = self._sees.shape
+        new = tokens.shape[1]
+        sees = np.zeros((rows, slots + new, past + new), dtype=np.bool_)
+        sees[:, :slots, :past] = self._sees
+        places = np.where(after > 0, after - self._first + 1, after)
+        for column in range(new):
+            real = np.flatnonzero(places[:, column] >= 0)
+            sees[real, slots + column] = sees[real, places[real, column]]
+            sees[:, slots + column, past + column] = True
+        self._sees = sees
+        return self._see(torch.from_numpy(tokens), sees[:, slots:], torch.from_numpy((after >= 0).sum(axis=1)))
+
+    def _decode(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        mask = mask.long()
+        return self._model.decode(tokens, StageCall(attention_mask=mask, position_ids=_positions(mask)), self._cache)
+
+    def _see(self, tokens: Tensor, told: NDArray[np.bool_], real: Tensor) -> Tensor:
+        device = self._backbone.device
+        sees = torch.from_numpy(told).to(device)
+        call = StageCall(attention_mask=sees[:, None], position_ids=sees.sum(dim=2) - 1, lengths=real.to(device))
+        return self._model.decode(tokens.to(device), call, self._cache)
 
 
 class PackedBeams:
-    """All beams of a user in one row, each token of which sees the prompt and the beam that it continues.
-
-    So the keys and values of a prompt are held and read once for all its beams, and no step moves any. What all
-    prompts begin with alike, such as the instruction, is run once for all of them.
+    """All beams of a user in one row; see :class:`TokenTree`.
 
     Args:
         model: A client's model.
         backbone: Its backbone.
         cache: Its open caches, empty.
         prompts: B token sequences.
+        opening: What every prompt begins with, whoever it is about.
     """
 
     def __init__(
-        self, model: ClientModel, backbone: CausalLM, cache: GenerationCache, prompts: Sequence[Sequence[int]]
+        self,
+        model: ClientModel,
+        backbone: CausalLM,
+        cache: GenerationCache,
+        prompts: Sequence[Sequence[int]],
+        opening: Sequence[int] = (),
     ) -> None:
-        self._model, self._backbone, self._cache, self._prompts = model, backbone, cache, prompts
-        self._prompt = torch.zeros(0)  # (B, T) whether a token of the prompts is real
-        self._written = torch.zeros(0)  # (B, W, G) which of the tokens after the prompt a beam consists of
+        self._backbone, self._prompts = backbone, prompts
+        self._tree = TokenTree(model, backbone, cache, opening)
+        self._slots = np.zeros((len(prompts), 1), dtype=np.int64)  # (B, W) where each beam ends
 
     def begin(self) -> Tensor:
         """Run what the prompts share once, then the rest of each: (B, V)."""
-        shared = common_prefix(self._prompts) if len(self._prompts) > 1 else 0
-        device = self._backbone.device
-        if shared:
-            self._decode(torch.tensor([self._prompts[0][:shared]], device=device), torch.ones(1, shared, device=device))
-            self._model.reorder(self._cache, torch.zeros(len(self._prompts), dtype=torch.long, device=device))
-        rest, real = padded_left([prompt[shared:] for prompt in self._prompts], self._backbone.pad_token)
-        rest, real = rest.to(device), real.to(device)
-        before = real.new_ones(len(rest), shared)
-        self._prompt = torch.cat([before, real], dim=1).bool()
-        self._written = torch.zeros(len(rest), 1, 0, dtype=torch.bool, device=device)
-        if not shared:
-            return self._logits(self._decode(rest, real)[:, -1])
-        tokens = rest.shape[1]
-        own = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril() & real[:, None].bool()
-        own |= torch.eye(tokens, dtype=torch.bool, device=device)  # padding sees itself, and nobody sees it
-        sees = torch.cat([before[:, None].expand(-1, tokens, -1).bool(), own], dim=2)  # (B, tokens, T)
-        return self._logits(self._see(rest, sees, real.sum(dim=1))[:, -1])
+        return self._backbone.logits(self._tree.begin(self._prompts)[:, -1])
 
     def step(self, users: Tensor, parents: Tensor, tokens: Tensor) -> Tensor:
         """Run a token of every beam; see :class:`Beams`."""
-        width = parents.shape[1]
-        if len(users) < len(self._prompt):
-            self._model.reorder(self._cache, users)
-            self._prompt = self._prompt[users]
-        written = self._written[users[:, None], parents]  # (B, W, G)
-        new = torch.eye(width, dtype=torch.bool, device=written.device).expand(len(users), -1, -1)
-        self._written = torch.cat([written, new], dim=2)
-        sees = torch.cat([self._prompt[:, None].expand(-1, width, -1), self._written], dim=2)  # (B, W, T + G)
-        states = self._see(tokens, sees, torch.full((len(users),), width))
-        return self._logits(states.flatten(0, 1))
-
-    def _decode(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        mask = mask.long()
-        return self._model.decode(tokens, StageCall(attention_mask=mask, position_ids=_positions(mask)), self._cache)
-
-    def _see(self, tokens: Tensor, sees: Tensor, real: Tensor) -> Tensor:
-        call = StageCall(attention_mask=sees[:, None], position_ids=sees.sum(dim=2) - 1, lengths=real)
-        return self._model.decode(tokens, call, self._cache)
-
-    def _logits(self, states: Tensor) -> Tensor:
-        return self._backbone.logits(states)
+        rows, width = users.cpu().numpy(), parents.shape[1]
+        self._tree.keep(rows.tolist())
+        after = self._slots[rows[:, None], parents.cpu().numpy()]
+        self._slots = np.broadcast_to(self._tree.slots + np.arange(width), after.shape)
+        return self._backbone.logits(self._tree.extend(tokens.cpu().numpy(), after).flatten(0, 1))
 
 
 class RowBeams:

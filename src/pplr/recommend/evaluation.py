@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +16,7 @@ from pplr.seeds import generator
 
 __all__ = [
     "Evaluation",
+    "QueueRanker",
     "Ranker",
     "SizedRanker",
     "evaluate",
@@ -23,6 +24,7 @@ __all__ = [
     "merge",
     "metric_value",
     "paired_bootstrap",
+    "scored",
 ]
 
 
@@ -42,6 +44,42 @@ class SizedRanker(Ranker, Protocol):
     def sizes(self, cases: Sequence[Case]) -> Sequence[int]:
         """Tell how long each case is."""
         ...
+
+
+@runtime_checkable
+class QueueRanker(Ranker, Protocol):
+    """A ranker that goes on with whoever waits as soon as somebody is done."""
+
+    @property
+    def queues(self) -> bool:
+        """Whether it does so as it is set up."""
+        ...
+
+    def queued(self, cases: Sequence[Case], places: int) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+        """Score cases of which so many are under way at a time.
+
+        Yields:
+            The places among the cases of some that are done, and their scores: (B, N).
+        """
+        ...
+
+
+def scored(ranker: Ranker, cases: Sequence[Case], batch_size: int) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+    """Score cases, some at a time.
+
+    Args:
+        ranker: Who scores.
+        cases: U cases.
+        batch_size: Most cases at once.
+
+    Yields:
+        Places among the cases and their scores, (B, N); every case once, in no particular order.
+    """
+    if isinstance(ranker, QueueRanker) and ranker.queues:
+        yield from ranker.queued(cases, batch_size)
+        return
+    for places in in_batches(ranker, cases, batch_size):
+        yield places, ranker.scores([cases[place] for place in places])
 
 
 def in_batches(ranker: Ranker, cases: Sequence[Case], batch_size: int) -> list[list[int]]:
@@ -149,7 +187,7 @@ def evaluate(
         cases: Each client's cases, by its name; a client may have none.
         cutoffs: The K of recall@K, ndcg@K and hit@K.
         batch_size: Cases scored at once.
-        progress: Called after each batch with the number of cases in it.
+        progress: Called with the number of cases done since.
 
     Returns:
         The metrics of each user, in the order of ``cases``.
@@ -167,9 +205,9 @@ def evaluate(
     for client, own in cases.items():
         ranker = _ranker_of(rankers, client)
         found: dict[int, list[float]] = {}
-        for places in in_batches(ranker, own, batch_size):
+        for places, scores in scored(ranker, own, batch_size):
             batch = [own[place] for place in places]
-            for place, ranks in zip(places, batch_ranks(ranker.scores(batch), batch), strict=True):
+            for place, ranks in zip(places, batch_ranks(scores, batch), strict=True):
                 found[place] = list(ranking_metrics(ranks, cutoffs).values())
             if progress is not None:
                 progress(len(batch))

@@ -44,6 +44,7 @@ def generate(
     returned: int = 1,
     length_penalty: float = 1.0,
     processors: Sequence[LogitsProcessor] = (),
+    opening: Sequence[int] = (),
 ) -> Generated:
     """Write on after prompts, greedily or by beam search, as ``generate`` of transformers does.
 
@@ -60,6 +61,8 @@ def generate(
         length_penalty: Exponent of the length by which a beam's score is divided.
         processors: Constraints, such as :class:`pplr.recommend.trie.TrieConstraint`; see
             :func:`pplr.recommend.beam_search.search`.
+        opening: What every prompt begins with, whoever it is about; what the model makes of it is kept between calls,
+            see :meth:`~pplr.stages.client_model.ClientModel.opening`.
     """
     backbone = model.backbone
     if not isinstance(backbone, CausalLM):
@@ -67,7 +70,7 @@ def generate(
     padded, _ = padded_left(prompts, backbone.pad_token)
     with model.generation() as caches:
         found = search(
-            beams_of(model, caches, prompts),
+            beams_of(model, caches, prompts, opening),
             padded.to(backbone.device),
             width=beams,
             longest=max_new_tokens,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,7 @@ from pplr.data.prompts import Case, shown_title
 from pplr.errors import ConfigError, StorageError
 from pplr.recommend.generation import generate
 from pplr.recommend.grounding import l2_scores, trie_scores
+from pplr.recommend.title_search import TitleBeam, search_titles, walk_titles
 from pplr.recommend.trie import TitleTrie, TrieConstraint, generated_titles
 from pplr.stages.client_model import ClientModel
 from pplr.storage import cache_dir, sha256_bytes, sha256_file, write_atomic
@@ -182,6 +183,39 @@ class GenerativeRanker:
         scored = self._by_trie(cases, prompts) if self._trie is not None else self._by_distance(prompts)
         return scored.numpy()
 
+    @property
+    def queues(self) -> bool:
+        """Whether users can join those who are under way: by the trie, in one process, without a guard's noise."""
+        return (
+            self._trie is not None and self._backbone.takes_masks and self._model.moves_rows and not self._model.guard
+        )
+
+    def queued(self, cases: Sequence[Case], places: int) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+        """Score cases of which so many are under way at a time; see :class:`~pplr.recommend.evaluation.QueueRanker`."""
+        if self._trie is None:
+            raise ConfigError("this ranker has no trie", cure="Set evaluation.grounding to trie.")
+        prompts = self._prompts(cases)
+        order = sorted(range(len(cases)), key=lambda place: len(prompts[place]))
+        walked = walk_titles(
+            self._model,
+            [prompts[place] for place in order],
+            self._trie,
+            beams=self._config.beams,
+            exclude=[cases[place].seen for place in order],
+            opening=self._backbone.opening,
+            places=places,
+        )
+        done: list[int] = []
+        found: list[list[TitleBeam]] = []
+        for number, titles in walked:
+            done.append(order[number])
+            found.append(titles)
+            if len(done) == min(places, _BATCH_ROWS):
+                yield done, self._of_titles(self._trie, found).numpy()
+                done, found = [], []
+        if done:
+            yield done, self._of_titles(self._trie, found).numpy()
+
     def write(self, cases: Sequence[Case]) -> list[str]:
         """Return the text of the best beam for each case, as it would be grounded."""
         return self._texts(self._prompts(cases))
@@ -204,6 +238,7 @@ class GenerativeRanker:
             beams=self._config.beams,
             max_new_tokens=self._config.max_new_tokens,
             stop_tokens=self._stops,
+            opening=self._backbone.opening,
         )
         answers = written.sequences[:, written.prompt_length :].tolist()
         return [self._backbone.read_answer(answer) for answer in answers]
@@ -220,22 +255,34 @@ class GenerativeRanker:
     def _by_trie(self, cases: Sequence[Case], prompts: Sequence[tuple[int, ...]]) -> Tensor:
         if self._trie is None:
             raise ConfigError("this ranker has no trie", cure="Set evaluation.grounding to trie.")
-        longest = max(len(prompt) for prompt in prompts)
-        beams = self._config.beams
-        constraint = TrieConstraint(self._trie, longest, beams, exclude=[case.seen for case in cases])
+        exclude, beams = [case.seen for case in cases], self._config.beams
+        if self._backbone.takes_masks:
+            opening = self._backbone.opening
+            found = search_titles(self._model, prompts, self._trie, beams=beams, exclude=exclude, opening=opening)
+        else:
+            found = self._by_constraint(self._trie, prompts, exclude)
+        return self._of_titles(self._trie, found)
+
+    def _of_titles(self, trie: TitleTrie, found: Sequence[Sequence[TitleBeam]]) -> Tensor:
+        return trie_scores(found, self._space.embeddings[self._space.title_of], trie.title_of)
+
+    def _by_constraint(
+        self, trie: TitleTrie, prompts: Sequence[tuple[int, ...]], exclude: Sequence[Sequence[int]]
+    ) -> list[list[TitleBeam]]:
+        """Find titles a token of every beam at a time, where blocks look back a limited way."""
+        beams, longest = self._config.beams, max(len(prompt) for prompt in prompts)
         written = generate(
             self._model,
             prompts,
             beams=beams,
-            max_new_tokens=self._trie.max_length + 1,
-            stop_tokens=[self._trie.end_token],
+            max_new_tokens=trie.max_length + 1,
+            stop_tokens=[trie.end_token],
             returned=beams,
             length_penalty=0.0,
-            processors=[constraint],
+            processors=[TrieConstraint(trie, longest, beams, exclude=exclude)],
         )
         scores = torch.zeros(len(written.sequences)) if written.scores is None else written.scores
-        found = generated_titles(self._trie, written.sequences, scores, written.prompt_length, len(prompts))
-        return trie_scores(found, self._space.embeddings[self._space.title_of], self._trie.title_of)
+        return generated_titles(trie, written.sequences, scores, written.prompt_length, len(prompts))
 
 
 def _decoder(model: ClientModel) -> CausalLM:

@@ -108,8 +108,33 @@ class TitleTrie:
         node = int(self._walk(tokens[None, : ends[0] if ends.size else None])[0])
         if node < 0 or self._title_at[node] < 0:
             return ()
+        return self.items_at(node)
+
+    # -- node by node -----------------------------------------------------------------------------------------
+
+    def children(self, node: int) -> NDArray[np.int64]:
+        """List the nodes that follow one; the root is 0."""
+        return np.arange(self._starts[node], self._starts[node + 1]) + 1
+
+    def parent(self, node: int) -> int:
+        """Return the node before one, -1 before the root."""
+        return int(self._parents[node])
+
+    def ends(self, node: int) -> bool:
+        """Tell whether a title ends with a node."""
+        return bool(self._title_at[node] >= 0)
+
+    def tokens_to(self, nodes: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the token that leads to each node, none of them the root; for -1, the end token."""
+        chosen = np.asarray(nodes, dtype=np.int64)
+        return np.where(chosen < 0, self.end_token, self._edge_tokens[chosen - 1])
+
+    def items_at(self, node: int) -> tuple[int, ...]:
+        """List the items whose title ends with a node, in catalog order."""
         title = self._title_at[node]
         return tuple(self._item_order[self._item_starts[title] : self._item_starts[title + 1]].tolist())
+
+    # -- all prefixes at once ---------------------------------------------------------------------------------
 
     def _walk(self, prefixes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Follow (R, T) prefixes from the root to (R,) nodes, or to outside or beyond the end."""
@@ -152,7 +177,7 @@ class TitleTrie:
             nodes = nodes[nodes >= 0]
         return np.concatenate(visited) if visited else nodes
 
-    def _closed_by(self, items: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def closed_by(self, items: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Find the nodes below which, and at which, no title with another item is left."""
         seen = np.unique(np.asarray(items, dtype=np.int64))
         if seen.size and (seen[0] < 0 or seen[-1] >= len(self.title_of)):
@@ -173,7 +198,7 @@ class _Closed:
     def __init__(self, trie: TitleTrie, exclude: Sequence[Sequence[int]]) -> None:
         self.users, self._nodes = np.arange(len(exclude)), len(trie._parents)
         self.beams = 1
-        found = [trie._closed_by(items) for items in exclude]
+        found = [trie.closed_by(items) for items in exclude]
         none = [np.zeros(0, dtype=np.int64)]
         self._below = np.concatenate([nodes + user * self._nodes for user, (nodes, _) in enumerate(found)] or none)
         self._at = np.concatenate([nodes + user * self._nodes for user, (_, nodes) in enumerate(found)] or none)

@@ -172,7 +172,7 @@ def recommend_all(run: Run, client: str | None, count: int, progress: Progress) 
 
 
 def _client_lists(run: Run, parts: Assembly, client: str, count: int, progress: Progress) -> list[UserList]:
-    from pplr.recommend.evaluation import in_batches
+    from pplr.recommend.evaluation import scored
 
     data, most = parts.data, run.config.data.history_items
     adapter = saved_adapter(run, parts, client)
@@ -185,10 +185,9 @@ def _client_lists(run: Run, parts: Assembly, client: str, count: int, progress: 
     with reading(parts, client, adapter) as reader:
         ranker = parts.ranker(reader)
         with progress.task(f"recommending to client {client}", len(cases), "users") as advance:
-            for places in in_batches(ranker, cases, run.config.evaluation.batch_size):
-                batch = [cases[place] for place in places]
-                for case, scores in zip(batch, ranker.scores(batch), strict=True):
+            for places, of_each in scored(ranker, cases, run.config.evaluation.batch_size):
+                for case, scores in zip((cases[place] for place in places), of_each, strict=True):
                     items = best_items(scores, case.seen, count, data.dataset.catalog)
                     found[case.user] = UserList(client, data.dataset.user_ids[case.user], items)
-                advance(len(batch))
+                advance(len(places))
     return [found[case.user] for case in cases]

@@ -15,15 +15,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pplr.backbones.adapters import AdapterState, adapter_sha256, natural_order
 from pplr.backbones.base import Batch
+from pplr.backbones.caches import append_rows
 from pplr.config import TrainingConfig
 from pplr.errors import CheckpointError, ConfigError, TransportError
 from pplr.stages.boundary import Crossing, Guard
 from pplr.stages.optimizer import LocalObjective, StageOptimizer
 from pplr.stages.pipeline import Ends, MicroBatch, train_overlapped
 from pplr.stages.stage import Member, Stage, StageCall
-from pplr.stages.transport import LocalTransport, TakingTransport, Traffic, Transport
+from pplr.stages.transport import LocalTransport, MovingTransport, TakingTransport, Traffic, Transport
 
 __all__ = ["ClientModel", "GenerationCache"]
+
+_OPENINGS_KEPT = 2
 
 
 @dataclass
@@ -77,6 +80,8 @@ class ClientModel:
         self.keeps_constants = False
         self.has_settled = guard is not None and guard.settle_rounds is not None
         self._constants_are_old = self._lacks_constants(initial)
+        self._openings: dict[tuple[int, ...], GenerationCache] = {}
+        self._opened_for: tuple[int, ...] = ()
 
     def settle(self, server_round: int) -> None:
         """Enter a server round: say whether the input stage stays as it is, as it does outside of training.
@@ -273,13 +278,75 @@ class ClientModel:
     @contextmanager
     def generation(self) -> Iterator[GenerationCache]:
         """Open caches in every stage for one generation, and close them whatever happens."""
-        caches = [self.backbone.new_cache(stage.blocks) for stage in self._stages]
-        middle = None if self.transport is None else self.transport.open_cache()
+        cache = self._open_cache()
         try:
-            yield GenerationCache(caches[0], middle, caches[1])
+            yield cache
         finally:
-            if self.transport is not None and middle is not None:
-                self.transport.close_cache(middle)
+            if self.transport is not None and cache.middle is not None:
+                self.transport.close_cache(cache.middle)
+
+    def _open_cache(self) -> GenerationCache:
+        caches = [self.backbone.new_cache(stage.blocks) for stage in self._stages]
+        return GenerationCache(caches[0], None if self.transport is None else self.transport.open_cache(), caches[1])
+
+    @property
+    def moves_rows(self) -> bool:
+        """Whether rows can move from one cache to another: not where the middle one is across a network."""
+        return self.transport is None or isinstance(self.transport, MovingTransport)
+
+    def append_rows(self, cache: GenerationCache, other: GenerationCache, rows: Tensor, skip: int = 0) -> None:
+        """Append rows of other caches in every stage; see :func:`~pplr.backbones.caches.append_rows`."""
+        for own, more in ((cache.input, other.input), (cache.output, other.output)):
+            append_rows(own, more, rows, skip)
+        if isinstance(self.transport, MovingTransport) and cache.middle is not None and other.middle is not None:
+            self.transport.append_rows(cache.middle, other.middle, rows, skip)
+
+    @torch.no_grad()
+    def opening(self, tokens: Sequence[int]) -> GenerationCache | None:
+        """Return open caches of one row that hold what prompts begin with; they are run once for each adapter.
+
+        They are kept until the adapter changes, the newest few. Nothing is kept across a network, nor where a guard
+        draws noise for what crosses.
+
+        Args:
+            tokens: What every prompt begins with, whoever it is about.
+        """
+        if not self.moves_rows or self.guard is not None or not tokens:
+            return None
+        version = self._version()
+        if version != self._opened_for:
+            self.close_openings()
+        kept = self._openings.get(tuple(tokens))
+        if kept is not None and kept.middle is not None and isinstance(self.transport, MovingTransport):
+            kept = kept if self.transport.holds_cache(kept.middle) else None  # it was let go of after an error
+        if kept is None:
+            kept = self._open_cache()
+            device = self.backbone.device
+            call = StageCall(
+                attention_mask=torch.ones(1, len(tokens), dtype=torch.long, device=device),
+                position_ids=torch.arange(len(tokens), device=device)[None],
+            )
+            self.decode(torch.tensor([list(tokens)], device=device), call, kept)
+            while len(self._openings) >= _OPENINGS_KEPT:
+                self._close_opening(next(iter(self._openings)))
+            self._openings[tuple(tokens)], self._opened_for = kept, version
+        return kept
+
+    def _version(self) -> tuple[int, ...]:
+        """Number the state of every stage's adapter."""
+        own = [member.version for member in self._members]
+        return (*own, self.transport.adapter_version()) if isinstance(self.transport, MovingTransport) else tuple(own)
+
+    def _close_opening(self, tokens: tuple[int, ...]) -> None:
+        kept = self._openings.pop(tokens)
+        moving = self.transport if isinstance(self.transport, MovingTransport) else None
+        if moving is not None and kept.middle is not None and moving.holds_cache(kept.middle):
+            moving.close_cache(kept.middle)
+
+    def close_openings(self) -> None:
+        """Let go of what :meth:`opening` kept."""
+        for tokens in list(self._openings):
+            self._close_opening(tokens)
 
     @torch.no_grad()
     def decode(self, input_ids: Tensor, call: StageCall, cache: GenerationCache) -> Tensor:
@@ -304,6 +371,7 @@ class ClientModel:
         self, total_steps: int, objective: LocalObjective | None = None, anchor: AdapterState | None = None
     ) -> None:
         """Prepare a round of local training; see :class:`~pplr.stages.optimizer.StageOptimizer`."""
+        self.close_openings()
         objective = objective or LocalObjective()
         for member in self._members:
             member.optimizer.begin_round(total_steps, objective, anchor)
@@ -418,6 +486,7 @@ class ClientModel:
         """
         for member in self._members:
             member.check(state, whose="the adapter to go on with")
+        self.close_openings()
         if self.transport is not None:
             self.transport.set_adapter(state)
         for member in self._members[1:] if self.has_settled else self._members:

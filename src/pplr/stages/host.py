@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pplr.backbones.adapters import AdapterState, check_adapter
 from pplr.backbones.base import Backbone
+from pplr.backbones.caches import append_rows
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import TransportError
 from pplr.stages.cut import CutPlan
@@ -302,6 +303,18 @@ class StageHost:
     def reorder_cache(self, client: str, cache: int, rows: Tensor) -> None:
         """Keep the given rows of a cache, in the given order, as beam search asks."""
         self._cache(client, cache).reorder_cache(rows)
+
+    def append_rows(self, client: str, cache: int, other: int, rows: Tensor, skip: int) -> None:
+        """Append rows of another open cache; see :func:`~pplr.backbones.caches.append_rows`."""
+        append_rows(self._cache(client, cache), self._cache(client, other), rows, skip)
+
+    def holds_cache(self, client: str, cache: int) -> bool:
+        """Tell whether a cache is open."""
+        return cache in self._of(client).caches
+
+    def adapter_version(self, client: str) -> int:
+        """Return a number that grows whenever the client's middle adapter is written."""
+        return self._of(client).member.version
 
     def close_cache(self, client: str, cache: int) -> None:
         """Let go of a cache."""

@@ -192,6 +192,11 @@ class Member:
         trained = {name: parameter for name, parameter in self.parameters.items() if name not in constant}
         self.optimizer = StageOptimizer(trained, training)
 
+    @property
+    def version(self) -> int:
+        """A number that grows whenever one of its tensors is written."""
+        return sum(parameter._version for parameter in self.parameters.values())
+
     def adapter(self) -> AdapterState:
         """Return the LoRA tensors, without copying them."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}

@@ -13,7 +13,7 @@ from pplr.stages.host import StageHost
 from pplr.stages.optimizer import LocalObjective, StageOptimizer
 from pplr.stages.stage import StageCall
 
-__all__ = ["LocalTransport", "TakingTransport", "Traffic", "Transport"]
+__all__ = ["LocalTransport", "MovingTransport", "TakingTransport", "Traffic", "Transport"]
 
 
 @dataclass
@@ -99,6 +99,20 @@ class TakingTransport(Transport, Protocol):
         """Have the middle adapter become the one that is offered under a label."""
 
 
+@runtime_checkable
+class MovingTransport(Transport, Protocol):
+    """A transport over which rows can move from one open cache to another."""
+
+    def append_rows(self, cache: int, other: int, rows: Tensor, skip: int) -> None:
+        """Append rows of another open cache; see :func:`~pplr.backbones.caches.append_rows`."""
+
+    def holds_cache(self, cache: int) -> bool:
+        """Tell whether a cache is open."""
+
+    def adapter_version(self) -> int:
+        """Return a number that grows whenever the middle adapter is written."""
+
+
 class LocalTransport:
     """Crosses the cut by a function call: nothing is serialised, but what would cross is counted.
 
@@ -165,6 +179,18 @@ class LocalTransport:
     def reorder_cache(self, cache: int, rows: Tensor) -> None:
         """Keep the given rows of a cache."""
         self._host.reorder_cache(self._client, cache, rows)
+
+    def append_rows(self, cache: int, other: int, rows: Tensor, skip: int) -> None:
+        """Append rows of another open cache."""
+        self._host.append_rows(self._client, cache, other, rows, skip)
+
+    def holds_cache(self, cache: int) -> bool:
+        """Tell whether a cache is open."""
+        return self._host.holds_cache(self._client, cache)
+
+    def adapter_version(self) -> int:
+        """Return a number that grows whenever the middle adapter is written."""
+        return self._host.adapter_version(self._client)
 
     def close_cache(self, cache: int) -> None:
         """Let go of a cache."""
