@@ -124,7 +124,6 @@ def clients(place: Deployment, count: int, sizes: Sequence[int], window_s: float
     order = sorted(sizes, reverse=True)  # the largest is the one that warms up
     spans = {size: range(2 * number, 2 * number + 2) for number, size in enumerate(order)}
     rates: dict[int, dict[str, list[float]]] = {size: {"alone": [], **{way: [] for way in SERVERS}} for size in sizes}
-    passes: dict[str, float] = {}
     with ExitStack() as stack:
         addresses: dict[str, str] = {}
         started: dict[str, list[Process]] = {}
@@ -147,19 +146,21 @@ def clients(place: Deployment, count: int, sizes: Sequence[int], window_s: float
                 for way in SERVERS:
                     told[way].append(train_at_once(started[way], 4 * window_s, spans[size]))
                 print(f"batch {size}: " + "  ".join(f"{way} {own[-1]:.2f} samples/s" for way, own in told.items()))
-        for way in SERVERS:
-            passes[way] = _clients_of_a_pass(place, addresses[way])
-            for client in started[way]:
-                client.end()
-    return {"clients": {str(size): told for size, told in rates.items()}, "clients_of_a_pass": passes} | compared(
-        rates, passes, count
-    )
+        together = _clients_of_a_pass(place, addresses["together"])
+        for client in (own for way in SERVERS for own in started[way]):
+            client.end()
+    told = {str(size): own for size, own in rates.items()}
+    return {"clients": told, "clients_of_a_pass": together, **compared(rates, together, count)}
 
 
-def compared(
-    rates: Mapping[int, Mapping[str, Sequence[float]]], passes: Mapping[str, float], count: int
-) -> dict[str, Any]:
-    """Make the rows: clients together against one at a time, of which the first size is bound, and each by itself."""
+def compared(rates: Mapping[int, Mapping[str, Sequence[float]]], met: float, count: int) -> dict[str, Any]:
+    """Make the rows: clients together against one at a time, of which the first size is bound, and each by itself.
+
+    Args:
+        rates: Samples per second of each size and way, one for each turn.
+        met: Clients of a pass, on average, where they are taken together.
+        count: Clients.
+    """
     rows, notes = [], []
     for number, (size, told) in enumerate(rates.items()):
         median = {way: statistics.median(own) for way, own in told.items()}
@@ -173,7 +174,7 @@ def compared(
             f"samples/s, at once each by itself {median['each by itself']:.2f} "
             f"({median['each by itself'] / median['alone']:.2f} times one alone), together {median['together']:.2f}"
         )
-    notes.append(f"where they are taken together, a pass has {passes['together']:.1f} clients on average, of all sizes")
+    notes.append(f"where they are taken together, a pass has {met:.1f} clients on average, of all sizes")
     return {"rows": rows, "notes": notes}
 
 
