@@ -93,8 +93,8 @@ class Spy:
         """Run the middle stage on what arrives and extend a cache: (B, T, D) -> (B, T, D)."""
         return self._transport.decode(self._through(hidden_states), call, cache)
 
-    def backward(self, step: int, grad_hidden_states: Tensor, lengths: Tensor) -> Tensor:
-        """Send a gradient back: (B, T, D) -> (B, T, D)."""
+    def backward(self, step: int, grad_hidden_states: Tensor, lengths: Tensor) -> Tensor | None:
+        """Send a gradient back: (B, T, D) -> (B, T, D), if that pass wants one."""
         self.gradient = grad_hidden_states
         return self._transport.backward(step, grad_hidden_states, lengths)
 
