@@ -30,11 +30,13 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 WAYS = {
     "item vectors": ("movielens_item_vectors.yaml", ("training.batch_size=16",)),
     "one target for each prompt": (
-        "quickstart_causal_lm.yaml", ("data.history_items=10", "training.batch_size=16", "training.warmup_steps=5"),
+        "quickstart_causal_lm.yaml",
+        ("training.shared_prefix=false", "data.history_items=10", "training.batch_size=16", "training.warmup_steps=5"),
     ),
     "lists": (
         "quickstart_causal_lm.yaml",
-        ("backbone.prompt.targets=all", "data.history_items=30", "training.batch_size=4", "training.warmup_steps=5"),
+        ("training.shared_prefix=false", "backbone.prompt.targets=all", "data.history_items=30",
+         "training.batch_size=4", "training.warmup_steps=5"),
     ),
 }  # fmt: skip
 SHARED = (
