@@ -87,6 +87,10 @@ class Process:
             self._process.stdin.close()
         self._process.wait(PATIENCE_S)
 
+    def forget_peak(self) -> None:
+        """Begin to measure its peak memory (``VmHWM``) anew."""
+        Path(f"/proc/{self.pid}/clear_refs").write_text("5", encoding="ascii")
+
     def status(self, key: str) -> int:
         """Read one of its memory figures, such as ``VmRSS``."""
         lines = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii").splitlines()

@@ -45,7 +45,13 @@ WAYS = {
     ),
     LISTS: (
         "quickstart_causal_lm.yaml",
-        ("backbone.prompt.targets=all", "data.history_items=30", "training.batch_size=4", "training.warmup_steps=5"),
+        (
+            "training.shared_prefix=false",
+            "backbone.prompt.targets=all",
+            "data.history_items=30",
+            "training.batch_size=4",
+            "training.warmup_steps=5",
+        ),
     ),
 }
 SHARED = (

@@ -65,8 +65,9 @@ def real_batch(config: Config, backbone: Backbone, size: int) -> list[Any]:
 
 
 def quickstart(*overrides: str) -> Config:
-    """Load the demo's configuration."""
-    return load_config(Path(__file__).parent.parent / "configs" / "quickstart_causal_lm.yaml", overrides)
+    """Load the demo's configuration, with padded rows unless it is said otherwise."""
+    path = Path(__file__).parent.parent / "configs" / "quickstart_causal_lm.yaml"
+    return load_config(path, ("training.shared_prefix=false", *overrides))
 
 
 def backbone_of(config: Config) -> Backbone:

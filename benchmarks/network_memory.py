@@ -50,9 +50,15 @@ def client_memory(place: Deployment, dtype: str, size: int, steps: int, baseline
     bundle = read_bundle(place.bundles(dtype)[0])
     threads = torch.get_num_threads()
     overrides = [f"backbone.dtype={dtype}", f"backbone.model={bundle.folder}"]
-    with place.server(dtype) as (address, _):
-        own, activations = _train(place, f"own-{dtype}", overrides, batches, address, threads)
-        lean, _ = _train(place, f"lean-{dtype}", [*overrides, "training.recompute=true"], batches, address, threads)
+    held = []
+    for options in ((), ("--recompute",)):
+        with place.server(dtype, *options) as (address, server):
+            server.forget_peak()
+            before = server.status("VmRSS")
+            name, settings = (f"lean-{dtype}", ["training.recompute=true"]) if options else (f"own-{dtype}", [])
+            told, counted = _train(place, name, [*overrides, *settings], batches, address, threads)
+            held.append((told, counted, server.status("VmHWM") - before))
+    (own, activations, added), (lean, _, lean_added) = held
     overrides[1] = f"backbone.model={folder}"
     with place.client(f"uncut-{dtype}", overrides, batches, warmup=steps, threads=threads) as process:
         uncut = process.answer()
@@ -65,11 +71,15 @@ def client_memory(place: Deployment, dtype: str, size: int, steps: int, baseline
         for name, value in needed.items()
     ]
     rows.append(at_most(label, "a process that trains the uncut model", own["peak"] / uncut["peak"], 1.0))
+    what = f"memory that a client in training adds to its server, {dtype}, {steps} batches of {size}"
+    rows.append(at_most(f"{what}, --recompute", "without --recompute", lean_added / added, 1.0))
     told = {key: own[key] for key in ("imported", "loaded", "peak")}
     return {
         **told,
         "recompute_peak": lean["peak"],
         "uncut_peak": uncut["peak"],
+        "server_added": added,
+        "server_added_recompute": lean_added,
         "bundle": bundle.stored_bytes,
         "activations": activations,
         "rows": rows,
@@ -167,7 +177,9 @@ def main() -> None:
             f"client, {dtype}: {told['imported'] / 1e6:.0f} MB after imports, {told['loaded'] / 1e6:.0f} MB after "
             f"loading, {told['peak'] / 1e6:.0f} MB at its peak, {told['recompute_peak'] / 1e6:.0f} MB with "
             f"training.recompute; bundle {told['bundle'] / 1e6:.0f} MB, activations "
-            f"{told['activations'] / 1e6:.0f} MB; uncut {told['uncut_peak'] / 1e6:.0f} MB"
+            f"{told['activations'] / 1e6:.0f} MB; uncut {told['uncut_peak'] / 1e6:.0f} MB; it adds "
+            f"{told['server_added'] / 1e6:.0f} MB to its server, {told['server_added_recompute'] / 1e6:.0f} MB to one "
+            "with --recompute"
             for dtype, told in clients.items()
         ]
         sessions, last = max(server["resident"].items())

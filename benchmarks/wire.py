@@ -62,10 +62,10 @@ class WireTransport(LocalTransport):
         leaving = self._host.forward(self._client, entering, call, keep_as=keep_as)
         return self._cross(leaving, lengths, CROSSINGS[1])
 
-    def backward(self, step: int, grad_hidden_states: Tensor, lengths: Tensor) -> Tensor:
-        """Send a gradient back: (B, T, D) -> (B, T, D)."""
-        entering = self._cross(grad_hidden_states, lengths, CROSSINGS[2])
-        return self._cross(self._host.backward(self._client, step, entering), lengths, CROSSINGS[3])
+    def backward(self, step: int, grad_hidden_states: Tensor, lengths: Tensor) -> Tensor | None:
+        """Send a gradient back: (B, T, D) -> (B, T, D), if that pass wants one."""
+        leaving = self._host.backward(self._client, step, self._cross(grad_hidden_states, lengths, CROSSINGS[2]))
+        return None if leaving is None else self._cross(leaving, lengths, CROSSINGS[3])
 
 
 def client_of(config: Config, backbone: Backbone, wire: Wire) -> tuple[ClientModel, WireTransport]:

@@ -304,7 +304,8 @@ class TrainingConfig(_Section):
     it, what is shared is dropped once for all samples of the batch."""
 
     recompute: bool = False
-    """Run a client's own blocks again in the backward pass rather than keep their activations: slower, smaller."""
+    """Run blocks again in the backward pass rather than keep their activations: slower, smaller, the same bits. It is
+    of all blocks in this process; a stage server decides for itself (`pplr stage serve --recompute`)."""
 
     local_epochs: int = Field(default=1, ge=1)
     """Passes over a client's own samples in each server round."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pplr.backbones.base import Batch
 from pplr.backbones.item_vectors import ItemVectors, item_texts, whiten
 from pplr.backbones.losses import draw_negatives
 from pplr.config import AdapterConfig, ItemVectorsConfig, TrainingConfig
@@ -20,7 +22,7 @@ from pplr.errors import BackboneError, ConfigError
 from pplr.recommend.matching import MatchingRanker
 from pplr.stages.cut import CutPlan
 from pplr.stages.model import CutModel
-from pplr.testing import BackboneContract, random_adapter, refuses, tiny_backbone, tiny_catalog, tiny_samples
+from pplr.testing import BackboneContract, every_cut, random_adapter, refuses, tiny_backbone, tiny_catalog, tiny_samples
 
 CONFIG = ItemVectorsConfig(width=8, hidden_width=16)
 
@@ -177,24 +179,65 @@ def test_only_the_last_item_of_a_validation_sample_is_a_target() -> None:
 def test_negatives_are_the_targets_and_as_many_others_as_asked_and_follow_from_the_batch() -> None:
     backbone = make(config=ItemVectorsConfig(width=8, negatives=3))
     batch = backbone.collate(backbone.encode(histories()[:1], tiny_catalog(), 3))
-    labels = batch.input_ids[:, 1:][batch.is_target[:, 1:]]
-    chosen = draw_negatives(batch.input_ids, labels, 3, len(tiny_catalog()))
+    labels, content = batch.labels, torch.cat([batch.input_ids.flatten(), batch.labels])
+    chosen = draw_negatives(content, labels, 3, len(tiny_catalog()))
     assert chosen is not None
     assert chosen.tolist() == sorted(set(chosen.tolist()))
     assert set(labels.tolist()) <= set(chosen.tolist())
     assert 3 <= len(chosen) <= 3 + len(labels)
-    assert torch.equal(chosen, draw_negatives(batch.input_ids, labels, 3, len(tiny_catalog())))
+    assert torch.equal(chosen, draw_negatives(content, labels, 3, len(tiny_catalog())))
     model = client(backbone)
     trained = float(model.train_loss(batch, 0).detach())
     states = model.hidden_states(batch)
-    scores = (
-        backbone.queries(states[:, :-1][batch.is_target[:, 1:]], model.output_end)
-        @ backbone.items(model.output_end, chosen).t()
-    )
+    scores = backbone.queries(states[batch.is_target], model.output_end) @ backbone.items(model.output_end, chosen).t()
     places = [chosen.tolist().index(label) for label in labels.tolist()]
     logs = (scores / backbone.config.temperature).log_softmax(-1)
     told = -sum(float(logs[row, place].detach()) for row, place in enumerate(places))
     assert trained == pytest.approx(told, rel=1e-4)
+
+
+def with_the_last_item(backbone: ItemVectors, samples) -> Batch:
+    """Let every item enter, the last too, though nothing follows it."""
+    batch, own = backbone.collate(samples), backbone.pad([sample.items for sample in samples])
+    is_target = torch.nn.functional.pad(batch.is_target, (0, 1))
+    return replace(own, is_target=is_target, labels=batch.labels)
+
+
+@pytest.mark.parametrize("plan", every_cut(4)[:-1], ids=str)
+def test_a_last_item_that_precedes_nothing_stays_out_and_nothing_else_changes(plan: CutPlan) -> None:
+    backbone, found = make(), []
+    samples = backbone.encode([*histories(), Sample(9, (4,), 1, every=True)], tiny_catalog(), 3)
+    batches = backbone.collate(samples), with_the_last_item(backbone, samples)
+    assert batches[0].lengths.tolist() == [len(own.items) - 1 for own in samples]
+    assert batches[1].lengths.tolist() == [len(own.items) for own in samples]
+    for batch in batches:
+        cut = CutModel(backbone, plan, AdapterConfig(rank=2, dropout=0.0), TrainingConfig())
+        model = cut.client("one", random_adapter(cut.shapes))
+        model.begin_round(2)
+        loss = model.train_loss(batch, 1)
+        loss.backward()
+        members = [*model._members, cut.host._of("one").member]
+        gradients = {name: own.grad for member in members for name, own in member.parameters.items()}
+        found.append((float(loss.detach()), gradients, model.traffic))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, wanted in found[1][1].items():
+        assert wanted is not None, name
+        assert float((found[0][1][name] - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max()), name
+    saved = len(samples) * 32 * 4
+    assert (found[1][2].bytes_up - found[0][2].bytes_up, found[1][2].bytes_down - found[0][2].bytes_down) == (
+        2 * saved,
+        2 * saved,
+    )
+
+
+def test_every_item_enters_where_what_follows_is_asked_for() -> None:
+    backbone = make()
+    model = client(backbone)
+    MatchingRanker(model, history_items=3).scores([Case(0, (0, 1, 2, 3), (4,), (0,)), Case(1, (5,), (4,), (5,))])
+    assert model.traffic.bytes_up == (3 + 1) * 32 * 4
+    batch = backbone.pad([(1, 2), (3,)])
+    assert (batch.lengths.tolist(), batch.targets, batch.labels.tolist()) == ([2, 1], 0, [])
 
 
 @given(st.integers(3, 40), st.integers(2, 6), st.integers(0, 99))

@@ -8,7 +8,7 @@ from pplr.config import AdapterConfig, TrainingConfig
 from pplr.data.prompts import Sample
 from pplr.errors import ConfigError
 from pplr.privacy.audits import Guess
-from pplr.privacy.observing import observe, secret_of
+from pplr.privacy.observing import Spy, observe, secret_of
 from pplr.privacy.replica import Replica
 from pplr.privacy.scoring import Reader, score
 from pplr.stages.cut import CutPlan
@@ -64,6 +64,26 @@ def test_the_server_sees_what_the_client_sends_and_gets_back() -> None:
     torch.testing.assert_close(seen.gradient, entering.grad[0])
     doubled = observe(model, adapter, batch, lambda states: 2 * states)
     torch.testing.assert_close(doubled.states, 2 * seen.states)
+
+
+def test_of_words_that_a_batch_shares_the_server_sees_the_sum_of_the_gradients() -> None:
+    backbone = tiny_backbone()
+    model = CutModel(backbone, CutPlan(1, 2, 4), AdapterConfig(rank=2), TrainingConfig())
+    adapter = random_adapter(model.shapes)
+    samples = backbone.encode([Sample(0, (1, 2), 3), Sample(1, (4,), 2), Sample(2, (5, 1), 0)], tiny_catalog(), 10)
+    row = backbone.collate_row(samples)
+    client = model.client("row", adapter)
+    client.transport = spy = Spy(client.transport)
+    client.train_loss(row, None).backward()
+    count = row.row.prefix + row.row.lengths[0]
+    seen = observe(model, adapter, backbone.collate(samples), lambda states: states, shared=row.row.prefix)
+    assert seen.length == count + 1  # the last token of a sample does not cross in a row
+    torch.testing.assert_close(seen.gradient[:count], spy.gradient[0, :count], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(seen.states[:count], spy.states[0, :count], rtol=1e-4, atol=1e-6)
+    alone = observe(model, adapter, backbone.collate(samples[:1]), lambda states: states)
+    own, prefix = alone.gradient, row.row.prefix
+    torch.testing.assert_close(seen.gradient[prefix:count], own[prefix:count], rtol=1e-4, atol=1e-6)
+    assert float((seen.gradient[:prefix] - own[:prefix]).norm()) > 0.1 * float(own[:prefix].norm())
 
 
 def test_what_is_not_cut_or_not_read_is_refused() -> None:

@@ -153,5 +153,9 @@ def test_items_of_one_title_are_one_token_since_the_model_reads_titles() -> None
     backbone.prepare(catalog, lambda texts: torch.zeros(len(texts), backbone.hidden_size))
     secret = secret_of(backbone, Sample(0, (6, 1), 4), "a", catalog, 10)
     reader = Reader(backbone, catalog)
-    assert score(Guess((5, 1, 4)), secret, reader)["token_recovery"] == 1.0  # 5 and 6 are both called Oak
-    assert score(Guess((3, 1, 4)), secret, reader)["token_recovery"] == pytest.approx(2 / 3)
+    assert (secret.tokens, secret.history, secret.target) == ((6, 1), (5, 1), 4)  # the target is no part of the pass
+    told = score(Guess((5, 1)), secret, reader)
+    assert told["token_recovery"] == told["item_f1"] == 1.0  # 5 and 6 are both called Oak
+    assert told["target_hit@1"] is told["target_hit@10"] is None
+    assert score(Guess((3, 1)), secret, reader)["token_recovery"] == 0.5
+    assert score(Guess((3, 1), (4,)), secret, reader)["target_hit@1"] == 1.0

@@ -96,13 +96,13 @@ def test_the_servers_limits_are_of_the_sequences_apart(federation, serve) -> Non
     own = connect(serve(**fits), federation / "one", tiny_backbone())
     own.begin_round(5, *_nothing())
     assert own.forward(states, lengths, call, keep_as=1).shape == states.shape
-    own._layouts.clear()
+    own._kept.clear()
     with refuses(TransportError):  # as a batch of one long sequence
         own.backward(1, states, lengths)
-    own._layouts[1] = SharedRow(4, (3, 2, 1))
+    own._kept[1] = StageCall(row=SharedRow(4, (3, 2, 1)))
     with refuses(TransportError, "lengths are not those of step 1"):
         own.backward(1, states, lengths)
-    own._layouts[1] = ROW
+    own._kept[1] = StageCall(row=ROW)
     assert own.backward(1, states, lengths).shape == states.shape
 
 

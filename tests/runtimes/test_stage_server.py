@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pplr.config import AdapterConfig, TrainingConfig
-from pplr.errors import ServerLostError, TransportError
+from pplr.errors import ServerLostError, TransportError, WireError
 from pplr.recommend.generation import generate
 from pplr.runtimes import codec
 from pplr.runtimes import stage_pb2 as pb
@@ -25,7 +25,7 @@ from pplr.stages.cut import CutPlan
 from pplr.stages.model import CutModel
 from pplr.stages.optimizer import LocalObjective
 from pplr.stages.stage import StageCall
-from pplr.testing import TransportContract, random_adapter, refuses, tiny_backbone
+from pplr.testing import TransportContract, random_adapter, refuses, same_state, tiny_backbone
 
 PLAN = CutPlan(1, 1, 4)
 ADAPTER = AdapterConfig(rank=2, dropout=0.2)
@@ -45,9 +45,11 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serve(federation: Path):
     with contextlib.ExitStack() as stack:
 
-        def start(backbone: Any = None, limits: ServerLimits | None = None, folder: Path | None = None) -> StageServer:
+        def start(
+            backbone: Any = None, limits: ServerLimits | None = None, folder: Path | None = None, **options: Any
+        ) -> StageServer:
             identity = read_server(folder or federation / "ca")
-            server = StageServer(backbone or tiny_backbone(), identity, "localhost:0", limits)
+            server = StageServer(backbone or tiny_backbone(), identity, "localhost:0", limits, **options)
             server.start()
             stack.callback(server.stop, 0.0)
             return server
@@ -120,6 +122,69 @@ def test_clients_of_different_cuts_share_one_base(federation, serve) -> None:
                 model.optimizer_step(0.5)
             ended.append(model.adapter())
         assert all(torch.equal(ended[0][tensor], ended[1][tensor]) for tensor in start)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_server_that_runs_blocks_again_changes_no_bit(federation, serve, kind) -> None:
+    backbone, adapter, ended = tiny_backbone(), AdapterConfig(kind=kind, rank=2, dropout=0.2), []
+    for recompute in (False, True):
+        server = serve(backbone, recompute=recompute)
+        cut = CutModel(
+            backbone, PLAN, adapter, TRAINING,
+            connect=lambda _, plan: connect(server, federation / "one", plan, adapter=adapter),  # noqa: B023
+        )  # fmt: skip
+        model = cut.client("a", random_adapter(cut.shapes, seed=3, scale=0.1 if kind == "lora" else 0.01))
+        model.begin_round(2)
+        for step in range(2):
+            batch = backbone.pad([list(range(20)), list(range(30, 40))], [12, 5])
+            (model.train_loss(batch, step) / batch.targets).backward()
+            model.optimizer_step(0.5)
+        ended.append(model.adapter())
+        (session,) = server.tenancies.all()
+        assert session.host.stage.recompute == (recompute and kind == "lora")
+    assert same_state(*ended)
+
+
+def test_a_gradient_that_nobody_uses_stays_on_the_server(federation, serve) -> None:
+    server = serve()
+    transport = connect(server, federation / "one")
+    shapes = {name: tuple(tensor.shape) for name, tensor in transport.adapter().items()}
+    transport.set_adapter(random_adapter(shapes, scale=0.1))
+    transport.begin_round(5, LocalObjective(), None)
+    states, lengths = drawn(2, 3), torch.tensor([3, 2])
+    norms, replies = [], []
+    for step, wanted in ((1, True), (2, False)):
+        before = transport.traffic.reading()
+        sent = server.metrics.text()
+        transport.forward(states, lengths, StageCall(gradient_wanted=wanted), keep_as=step)
+        back = transport.backward(step, states, lengths)
+        norms.append(transport.gradient_norm_squared())
+        crossed = transport.traffic.since(before)
+        replies.append(_sent(server.metrics.text()) - _sent(sent))
+        transport.optimizer_step(0.0)
+        assert crossed.bytes_up == 2 * 5 * 32 * 4
+        assert crossed.bytes_down == (2 if wanted else 1) * 5 * 32 * 4
+        assert (back is None) == (not wanted)
+    assert norms[0] == norms[1] > 0
+    assert replies[0] - replies[1] >= 5 * 32 * 4
+
+
+def _sent(text: str) -> float:
+    """Read from the metrics how many bytes the server has sent."""
+    lines = [line for line in text.splitlines() if line.startswith("pplr_stage_bytes_total{") and '"sent"' in line]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_an_answer_that_is_not_what_was_asked_for_is_refused(federation, serve, monkeypatch, wanted) -> None:
+    transport = connect(serve(), federation / "one")
+    transport.begin_round(5, LocalObjective(), None)
+    states, lengths = drawn(2, 3), torch.tensor([3, 2])
+    transport.forward(states, lengths, StageCall(gradient_wanted=wanted), keep_as=1)
+    wrong = pb.StatesReply() if wanted else pb.StatesReply(states=codec.encode_states(states, lengths, transport.wire))
+    monkeypatch.setattr(transport, "_exchange", lambda *_: wrong)
+    with refuses(WireError, "" if wanted else "was not asked for"):
+        transport.backward(1, states, lengths)
 
 
 def test_a_request_that_is_sent_again_gets_the_same_reply_and_nothing_happens_twice(federation, serve) -> None:

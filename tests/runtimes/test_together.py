@@ -130,6 +130,29 @@ def test_training_together_is_training_one_at_a_time(federation, serve, sizes) -
             assert float((one[name] - other[name]).abs().max()) < 1e-4, name
 
 
+def test_some_of_them_want_no_gradient_back(federation, serve, sizes) -> None:
+    """Over the network, in one pass: what nobody uses is not sent, and what is trained is trained alike."""
+
+    def take_steps(models: Sequence[ClientModel], barrier: threading.Barrier | None = None) -> list[Any]:
+        for model in models[:2]:
+            for parameter in model.input_member.parameters.values():
+                parameter.requires_grad_(False)
+        with ThreadPoolExecutor(3 if barrier else 1) as pool:
+            return list(pool.map(lambda own: steps(own[1], own[0], barrier), enumerate(models)))
+
+    alone, models = begun(serve(together=1), federation), begun(serve(), federation)
+    wanted, found = take_steps(alone), take_steps(models, threading.Barrier(3))
+    assert sizes == [("forward", 3), ("backward", 3)] * 3
+    for number in range(3):
+        assert found[number] == pytest.approx(wanted[number], rel=1e-5)
+        one, other = models[number].adapter(), alone[number].adapter()
+        for name in other:
+            assert float((one[name] - other[name]).abs().max()) < 1e-4, name
+        traffic = models[number].traffic
+        assert traffic == alone[number].traffic
+        assert traffic.bytes_up == (2 * traffic.bytes_down if number < 2 else traffic.bytes_down)
+
+
 def drawn(rows: int, tokens: int) -> Tensor:
     return torch.randn(rows, tokens, 32, generator=torch.Generator().manual_seed(rows + tokens))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from pplr.errors import TransportError
 from pplr.stages.cut import CutPlan
 from pplr.stages.host import Asked, StageHost
 from pplr.stages.stage import StageCall
-from pplr.testing import random_adapter, refuses, tiny_backbone, tiny_encoder
+from pplr.testing import random_adapter, refuses, same_state, tiny_backbone, tiny_encoder
 
 MODELS = {
     "llama": lambda: tiny_backbone("llama"),
@@ -28,10 +29,10 @@ SHAPES = ((1, 5), (3, 17), (2, 1), (4, 12))
 NAMES = ("a", "b", "c", "d")
 
 
-def host_of(model: Any, dropout: float = 0.3, kind: str = "lora") -> StageHost:
+def host_of(model: Any, dropout: float = 0.3, kind: str = "lora", *, recompute: bool = False) -> StageHost:
     modules = ("query", "value") if model.bidirectional else ("q_proj", "v_proj", "down_proj")
     adapter = AdapterConfig(kind=kind, rank=4, dropout=dropout, target_modules=modules)
-    host = StageHost(model, CutPlan(1, 1, 4), adapter, TrainingConfig())
+    host = StageHost(model, CutPlan(1, 1, 4), adapter, TrainingConfig(), recompute=recompute)
     for number, name in enumerate(NAMES):
         host.admit(name, random_adapter(host.stage.shapes, seed=number, scale=0.1))
     return host
@@ -106,6 +107,21 @@ def test_together_is_one_at_a_time(family: str, dropout: float):
     assert not any(tenancy.joint for tenancy in joint._tenancies.values())
 
 
+@pytest.mark.parametrize("family", MODELS)
+def test_blocks_that_run_again_change_no_bit(family: str):
+    model = MODELS[family]()
+    plain, lean = host_of(model), host_of(model, recompute=True)
+    first, second = asked(1), asked(2)
+    told = []
+    for host in (plain, lean):
+        left = [together(host, passes) for passes in (first, second)]
+        host.forward("a", first[0].hidden_states, first[0].call, keep_as=3)  # binds an adapter of one client
+        back = [back_together(host, passes) for passes in (first, second)]
+        told.append([*left, *back, *(gradients(host, name) for name in NAMES)])
+    for one, other in zip(*told, strict=True):
+        assert same_state(one, other)
+
+
 def test_each_client_has_its_own_adapter_and_masks():
     host = host_of(tiny_backbone())
     same = drawn((2, 6, 32), 0)
@@ -133,6 +149,52 @@ def test_some_gradients_come_before_others(first: tuple[str, ...]):
     late = [own for own in passes if own.client not in first]
     back = back_together(joint, early) | back_together(joint, late)
     assert_same(passes, joint, alone, left, back)
+
+
+def unwanted(passes: Sequence[Asked], clients: str) -> list[Asked]:
+    return [replace(own, call=replace(own.call, gradient_wanted=own.client not in clients)) for own in passes]
+
+
+@pytest.mark.parametrize("first", ["", "b", "ab", "acd"])
+@pytest.mark.parametrize("clients", ["b", "ac", "abcd"])
+def test_some_gradients_are_not_wanted(clients: str, first: str):
+    model = tiny_backbone()
+    joint, alone = host_of(model), host_of(model)
+    passes = unwanted(asked(), clients)
+    left = together(joint, passes)
+    parts = [[own for own in passes if own.client in first], [own for own in passes if own.client not in first]]
+    back = {name: own for part in parts if part for name, own in back_together(joint, part).items()}
+    outs, ins = one_at_a_time(alone, passes)
+    for own in passes:
+        real = torch.arange(own.hidden_states.shape[1]) < own.call.lengths[:, None]
+        assert_near(left[own.client][real], outs[own.client][real])
+        if own.client in clients:
+            assert back[own.client] is None
+            assert ins[own.client] is None
+        else:
+            assert_near(back[own.client], ins[own.client])
+        for tensor, wanted in gradients(alone, own.client).items():
+            assert_near(gradients(joint, own.client)[tensor], wanted)
+    assert not any(tenancy.joint for tenancy in joint._tenancies.values())
+
+
+@pytest.mark.parametrize(("clients", "expected"), [("abcd", 0), ("acd", 1), ("", 1)])
+def test_a_pass_that_nobody_wants_back_ends_at_the_lowest_trained_layer(clients: str, expected: int):
+    model = tiny_backbone()
+    adapter = AdapterConfig(rank=4, dropout=0.0, target_modules=("down_proj",))
+    host, seen = StageHost(model, CutPlan(1, 1, 4), adapter, TrainingConfig()), []
+    for number, name in enumerate(NAMES):
+        host.admit(name, random_adapter(host.stage.shapes, seed=number, scale=0.1))
+
+    def note(_: Any, __: Any, out: Any) -> None:
+        if out[0].requires_grad:
+            out[0].register_hook(seen.append)
+
+    host.stage.blocks.layers[0].self_attn.register_forward_hook(note)
+    passes = unwanted(asked(), clients)
+    together(host, passes)
+    back_together(host, passes)
+    assert len(seen) == expected
 
 
 def test_gradients_of_several_passes_add_up():

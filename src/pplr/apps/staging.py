@@ -69,6 +69,10 @@ def serve(
     together: Annotated[
         int, typer.Option(min=1, help="Clients whose training passes are computed as one; 1 is each by itself.")
     ] = 1,
+    recompute: Annotated[
+        bool,
+        typer.Option("--recompute", help="Run blocks again in the backward pass: slower, smaller, the same bits."),
+    ] = False,
     cache_ttl: Annotated[
         float, typer.Option(metavar="SECONDS", min=1, help="Idle caches and activations are let go after this.")
     ] = 600.0,
@@ -132,6 +136,7 @@ def serve(
         wires=tuple(Wire(name) for name in wire) if wire else tuple(Wire),
         state=state,
         metrics_address=metrics,
+        recompute=recompute,
     )
     asked = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -50,10 +50,11 @@ class Batch:
     Args:
         input_ids: (B, T) token ids, or (B, T, ...) where a backbone reads more of a token than its id.
         lengths: (B,) real tokens of each row.
-        is_target: (B, T), true where the token is one that the loss asks for.
-        labels: (B,) what the loss asks for, where it is none of the tokens.
-        row: How the sequences stand in one row, where they do. Then B is 1 above; ``is_target`` is true where the token
-            that follows in the same sequence is asked for, and ``labels`` are these tokens.
+        is_target: (B, T), true where the token is one that the loss asks for; where there are ``labels`` of tokens, it
+            is true where the token that follows is.
+        labels: What the loss asks for, where that is not among the tokens: (B,), or (M,) one for each target, of which
+            a sequence's last may be none of its tokens.
+        row: How the sequences stand in one row, where they do. Then B is 1 above, and there are ``labels``.
         owners: (B,) the user of each row, where that is known.
     """
 

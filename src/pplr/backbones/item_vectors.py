@@ -237,20 +237,26 @@ class ItemVectors(MatchingBackbone):
         return encoded
 
     def length(self, encoded: EncodedHistory) -> int:
-        """Count items that enter the model; the last one is only a target."""
-        return len(encoded.items)
+        """Count items that enter the model: a last one that is a target precedes none, so it stays out."""
+        return len(encoded.items) - (encoded.first_target < len(encoded.items))
 
     def collate(self, encoded: Sequence[EncodedHistory]) -> Batch:
         """Pad on the right with item 0, which nothing sees: the decoder looks back only."""
-        longest = max(len(own.items) for own in encoded)
-        items = torch.zeros(len(encoded), longest, dtype=torch.long)
-        is_target = torch.zeros(len(encoded), longest, dtype=torch.bool)
-        for row, own in enumerate(encoded):
-            items[row, : len(own.items)] = torch.tensor(own.items)
-            is_target[row, own.first_target : len(own.items)] = True
-        lengths = torch.tensor([len(own.items) for own in encoded])
-        owners = torch.tensor([own.owner for own in encoded])
-        return Batch(items.to(self.device), lengths, is_target.to(self.device), owners=owners)
+        lengths = [self.length(own) for own in encoded]
+        items = torch.zeros(len(encoded), max(lengths), dtype=torch.long)
+        is_target = torch.zeros(len(encoded), max(lengths), dtype=torch.bool)
+        labels: list[int] = []
+        for row, (own, length) in enumerate(zip(encoded, lengths, strict=True)):
+            items[row, :length] = torch.tensor(own.items[:length])
+            is_target[row, own.first_target - 1 : len(own.items) - 1] = True
+            labels += own.items[own.first_target :]
+        return Batch(
+            items.to(self.device),
+            torch.tensor(lengths),
+            is_target.to(self.device),
+            labels=torch.tensor(labels, dtype=torch.long, device=self.device),
+            owners=torch.tensor([own.owner for own in encoded]),
+        )
 
     def pad(self, histories: Sequence[Sequence[int]]) -> Batch:
         """Pad histories to rank after: no item is a target."""
@@ -295,7 +301,9 @@ class ItemVectors(MatchingBackbone):
 
     def loss(self, hidden_states: Tensor, batch: Batch, ends: Mapping[str, Tensor]) -> Tensor:
         """Sum the cross-entropy of each target among the catalog, or among the negatives drawn for this batch."""
-        before = hidden_states[:, :-1][batch.is_target[:, 1:]]  # (M, D), the states that predict
-        labels = batch.input_ids[:, 1:][batch.is_target[:, 1:]]  # (M,)
-        queries, items = self.queries(before, ends), partial(self.items, ends)
-        return catalog_loss(queries, items, labels, batch.input_ids, self.config, len(self.vectors), self._left_out)
+        if batch.labels is None:
+            raise BackboneError("a batch without targets has no loss", cure="Make it with collate.")
+        queries = self.queries(hidden_states[batch.is_target], ends)  # (M, width), of the states that predict
+        held = torch.cat([batch.input_ids.flatten(), batch.labels])
+        items = partial(self.items, ends)
+        return catalog_loss(queries, items, batch.labels, held, self.config, len(self.vectors), self._left_out)

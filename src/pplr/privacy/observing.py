@@ -32,7 +32,7 @@ class Secret:
     Args:
         user: The user's number.
         client: Whose user it is.
-        tokens: What enters the model, T of them: token ids, or items where the backbone reads items.
+        tokens: What enters the model, T of them: token ids, or items where the backbone reads these, not the target.
         is_private: Whether each token tells something of the user; the words around a history do not.
         history: Items in order of time, each title's first.
         target: The item that the pass is trained to predict, its title's first.
@@ -93,8 +93,8 @@ class Spy:
         """Run the middle stage on what arrives and extend a cache: (B, T, D) -> (B, T, D)."""
         return self._transport.decode(self._through(hidden_states), call, cache)
 
-    def backward(self, step: int, grad_hidden_states: Tensor, lengths: Tensor) -> Tensor:
-        """Send a gradient back: (B, T, D) -> (B, T, D)."""
+    def backward(self, step: int, grad_hidden_states: Tensor, lengths: Tensor) -> Tensor | None:
+        """Send a gradient back: (B, T, D) -> (B, T, D), if that pass wants one."""
         self.gradient = grad_hidden_states
         return self._transport.backward(step, grad_hidden_states, lengths)
 
@@ -106,16 +106,18 @@ def observe(
     through: Callable[[Tensor], Tensor],
     guard: Guard | None = None,
     passes: int = 1,
+    shared: int = 0,
 ) -> Observation:
     """Run one user's training pass, without dropout, and keep what the server sees: the mean of several, if asked.
 
     Args:
         model: The model as it is cut.
         adapter: The client's.
-        batch: Of one row.
+        batch: The user's row, and after it those of a batch with which it shares its first tokens.
         through: What becomes of states on their way to the server.
         guard: What the client does to what it sends.
         passes: How often the pass crosses, each time with new noise.
+        shared: As many tokens cross once for all rows, so that their gradient is the sum over the batch.
     """
     name = "audit"
     client: ClientModel = model.client(name, adapter, guard)
@@ -124,7 +126,7 @@ def observe(
             raise ConfigError("the model is not cut, so a server sees nothing", cure="Set cut, or give --input-layers.")
         spy = Spy(client.transport, through)
         client.transport = spy
-        seen = [_observe_once(client, spy, batch) for _ in range(passes)]
+        seen = [_observe_once(client, spy, batch, shared) for _ in range(passes)]
     finally:
         model.dismiss(name)
     gradients = [own.gradient for own in seen if own.gradient is not None]
@@ -135,12 +137,15 @@ def observe(
     )
 
 
-def _observe_once(client: ClientModel, spy: Spy, batch: Batch) -> Observation:
+def _observe_once(client: ClientModel, spy: Spy, batch: Batch, shared: int) -> Observation:
     client.train_loss(batch, None).backward()
     count = int(batch.lengths[0])
     if spy.states is None or spy.returned is None:
         raise ConfigError("nothing crossed the cut", cure="Set cut, or give --input-layers.")
-    gradient = None if spy.gradient is None else spy.gradient[0, :count].detach().float()
+    gradient = None
+    if spy.gradient is not None:
+        gradient = spy.gradient[0, :count].detach().float()
+        gradient = torch.cat([spy.gradient[:, :shared].detach().float().sum(dim=0), gradient[shared:]])
     return Observation(spy.states[0, :count].detach().float(), spy.returned[0, :count].detach().float(), gradient)
 
 
@@ -153,9 +158,9 @@ def secret_of(backbone: Backbone, sample: Sample, client: str, catalog: Catalog,
     (encoded,) = backbone.encode([sample], catalog, history_items)
     first = _first_of_title(catalog)
     if isinstance(backbone, ItemVectors):
-        items = encoded.items
+        *items, target = encoded.items
         private = (True,) * len(items)
-        return Secret(sample.user, client, items, private, tuple(first[i] for i in items[:-1]), first[items[-1]])
+        return Secret(sample.user, client, tuple(items), private, tuple(first[item] for item in items), first[target])
     if isinstance(backbone, CausalLM):
         return _prompt_secret(backbone, sample, encoded, client, catalog, history_items)
     raise ConfigError(

@@ -55,7 +55,7 @@ class Reader:
     def history(self, tokens: Sequence[int | None]) -> set[int]:
         """Read the items before the target."""
         if not isinstance(self.backbone, CausalLM):
-            return {self.first(token) for token in tokens[:-1] if token is not None}
+            return {self.first(token) for token in tokens if token is not None}
         said = self._lines(tokens)[:-1] if self._lists else _quoted(self._text(tokens).rsplit("### Response:", 1)[0])
         return {own[0] for title in said if (own := self._closest(title, 1))}
 
@@ -66,10 +66,10 @@ class Reader:
         said = self._lines(tokens) if self._lists else _quoted(self._text(tokens).rsplit("### Response:", 1)[0])
         return [own[0] for title in said if (own := self._closest(title, 1))]
 
-    def targets(self, tokens: Sequence[int | None]) -> tuple[int, ...]:
-        """Read the likeliest targets, the best first."""
+    def targets(self, tokens: Sequence[int | None]) -> tuple[int, ...] | None:
+        """Read the likeliest targets, the best first; ``None`` where tokens are items, among which no target is."""
         if not isinstance(self.backbone, CausalLM):
-            return () if tokens[-1] is None else (self.first(tokens[-1]),)
+            return None
         if self._lists:
             lines = self._lines(tokens)
             return tuple(self._closest(lines[-1], 10)) if lines else ()

@@ -205,10 +205,15 @@ class _Work:
         states: StatePrivacyConfig,
         passes: int,
     ) -> Observation:
-        encoded = self.backbone.encode([own], self.catalog, self.run.config.data.history_items)
+        config, together = self.run.config, [own]
+        if config.training.shared_prefix and not states.is_on:  # as in training, with others of the client
+            most = config.training.micro_batch_size or config.training.batch_size
+            together += [other for other in self.data.samples[name] if other is not own][: most - 1]
+        encoded = self.backbone.encode(together, self.catalog, config.data.history_items)
         batch: Batch = self.backbone.collate(encoded)
+        row = self.backbone.collate_row(encoded).row if len(together) > 1 else None
         guard = self.attackers.guard(states.model_copy(update={"settle_rounds": None}), f"{own.user} of {name}")
-        return observe(model, self.adapters[name], batch, through, guard, passes)
+        return observe(model, self.adapters[name], batch, through, guard, passes, 0 if row is None else row.prefix)
 
     def _others(self, seen_of: Callable[[str, Sample], Observation], client: str) -> list[Observation]:
         """Observe the training passes of a client that were not drawn, each once."""

@@ -143,17 +143,18 @@ class DynamicBatcher:
             except Exception as error:
                 found[number] = error
         passed = [asked for _, asked, _ in ready]
-        left: Sequence[Tensor | None] = [None] * len(ready)
+        left: Sequence[Tensor | None] | None = None
         if len(ready) > 1:
             host = calls[0][0].host
             with suppress(RuntimeError, TransportError):  # as when memory is short; then each by itself
                 left = host.forward_together(passed) if name == "Forward" else host.backward_together(passed)
         alone = self._passes.forward if name == "Forward" else self._passes.backward
-        write = self._passes.forward_out if name == "Forward" else self._passes.backward_out
-        for (number, _, lengths), states in zip(ready, left, strict=True):
+        write: Callable[..., Any] = self._passes.forward_out if name == "Forward" else self._passes.backward_out
+        for place, (number, _, lengths) in enumerate(ready):
             session, request = calls[number]
             try:
-                found[number] = alone(session, request) if states is None else write(session, request, states, lengths)
+                own = alone(session, request) if left is None else write(session, request, left[place], lengths)
+                found[number] = own
             except Exception as error:
                 found[number] = error
         return found

@@ -73,7 +73,7 @@ class GrpcTransport:
         self._sequence, self._session, self._max_bytes = 0, 0, _MAX_REPLY
         self._unanswered = False  # whether the newest request may or may not have been carried out
         self._rows: dict[int, list[int] | None] = {}  # of each open cache, those to keep at its next use
-        self._layouts: dict[int, SharedRow] = {}  # of each kept step that was sent in one row
+        self._kept: dict[int, StageCall] = {}  # how each kept step was sent
         hello = pb.HelloRequest(
             version=PROTOCOL,
             base_sha256=base_sha256,
@@ -150,8 +150,8 @@ class GrpcTransport:
     def forward(self, hidden_states: Tensor, lengths: Tensor, call: StageCall, *, keep_as: int | None) -> Tensor:
         """Run the middle stage: (B, T, D) -> (B, T, D); padding comes back as zeros."""
         states = self._send(hidden_states, lengths, row=call.row)
-        if keep_as is not None and call.row is not None:
-            self._layouts[keep_as] = call.row
+        if keep_as is not None:
+            self._kept[keep_as] = call
         request = pb.ForwardRequest(
             header=self._header(),
             states=states,
@@ -160,14 +160,22 @@ class GrpcTransport:
             adapter=call.adapter,
             has_dropout_seed=call.dropout_seed is not None,
             dropout_seed=call.dropout_seed or 0,
+            gradient_unwanted=not call.gradient_wanted,
         )
         return self._received(states, self._exchange("Forward", request, pb.StatesReply).states)
 
-    def backward(self, step: int, grad_hidden_states: Tensor, lengths: Tensor) -> Tensor:
-        """Send a gradient back: (B, T, D) -> (B, T, D)."""
-        states = self._send(grad_hidden_states, lengths, row=self._layouts.pop(step, None))
+    def backward(self, step: int, grad_hidden_states: Tensor, lengths: Tensor) -> Tensor | None:
+        """Send a gradient back: (B, T, D) -> (B, T, D), if that pass wants one."""
+        call = self._kept.pop(step, StageCall())
+        states = self._send(grad_hidden_states, lengths, row=call.row)
         request = pb.BackwardRequest(header=self._header(), step=step, states=states)
-        return self._received(states, self._exchange("Backward", request, pb.StatesReply).states)
+        reply = self._exchange("Backward", request, pb.StatesReply)
+        if call.gradient_wanted:
+            return self._received(states, reply.states)
+        if reply.HasField("states"):
+            raise WireError("a gradient that was not asked for", cure="Use the same version on both sides.")
+        self.traffic.bytes_up += len(states.data) + len(states.scales)
+        return None
 
     def _simple(self, name: str, kind: Any = pb.Done) -> Any:
         return self._exchange(name, pb.SimpleRequest(header=self._header()), kind)
@@ -175,7 +183,7 @@ class GrpcTransport:
     def discard(self) -> None:
         """Let go of kept activations, gradients and caches."""
         self._rows.clear()
-        self._layouts.clear()
+        self._kept.clear()
         self._let_go("Discard")
 
     def begin_round(self, total_steps: int, objective: LocalObjective, anchor: AdapterState | None) -> None:

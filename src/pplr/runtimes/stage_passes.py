@@ -80,6 +80,7 @@ class TrainingPasses:
             adapter=request.adapter,
             lengths=lengths,
             row=row,
+            gradient_wanted=not request.gradient_unwanted,
         )
         return Asked(session.name, request.step, states, call), lengths
 
@@ -116,11 +117,13 @@ class TrainingPasses:
             )
         return Asked(session.name, request.step, gradient), lengths
 
-    def backward_out(self, session: Session, request: Any, left: Tensor, lengths: Tensor) -> Any:
-        """Write the gradient of what entered a pass, (B, T, D), and count the pass as done."""
+    def backward_out(self, session: Session, request: Any, left: Tensor | None, lengths: Tensor) -> Any:
+        """Write the gradient of what entered a pass, (B, T, D) if it is wanted, and count the pass as done."""
         try:
             row = codec.row_of(request.states)
-            reply = pb.StatesReply(states=codec.encode_states(left, lengths, session.wire, row=row))
+            reply = pb.StatesReply()
+            if left is not None:
+                reply = pb.StatesReply(states=codec.encode_states(left, lengths, session.wire, row=row))
         except (WireError, RuntimeError):  # what it left behind is no gradient
             session.let_go()
             raise

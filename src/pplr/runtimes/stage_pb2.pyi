@@ -120,7 +120,7 @@ class HelloReply(_message.Message):
     def __init__(self, session: _Optional[int] = ..., wire: _Optional[_Union[Wire, str]] = ..., max_message_bytes: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_tokens: _Optional[int] = ..., kept: bool = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("header", "states", "step", "keep", "adapter", "has_dropout_seed", "dropout_seed")
+    __slots__ = ("header", "states", "step", "keep", "adapter", "has_dropout_seed", "dropout_seed", "gradient_unwanted")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     STATES_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -128,6 +128,7 @@ class ForwardRequest(_message.Message):
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     HAS_DROPOUT_SEED_FIELD_NUMBER: _ClassVar[int]
     DROPOUT_SEED_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_UNWANTED_FIELD_NUMBER: _ClassVar[int]
     header: Header
     states: States
     step: int
@@ -135,7 +136,8 @@ class ForwardRequest(_message.Message):
     adapter: bool
     has_dropout_seed: bool
     dropout_seed: int
-    def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., states: _Optional[_Union[States, _Mapping]] = ..., step: _Optional[int] = ..., keep: bool = ..., adapter: bool = ..., has_dropout_seed: bool = ..., dropout_seed: _Optional[int] = ...) -> None: ...
+    gradient_unwanted: bool
+    def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., states: _Optional[_Union[States, _Mapping]] = ..., step: _Optional[int] = ..., keep: bool = ..., adapter: bool = ..., has_dropout_seed: bool = ..., dropout_seed: _Optional[int] = ..., gradient_unwanted: bool = ...) -> None: ...
 
 class BackwardRequest(_message.Message):
     __slots__ = ("header", "step", "states")

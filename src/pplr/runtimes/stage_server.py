@@ -85,6 +85,7 @@ class StageServer:
         wires: Forms in which states may travel.
         state: Folder in which tenancies are saved; ``None`` keeps them in memory alone.
         metrics_address: Loopback ``host:port`` for Prometheus; ``None`` is no such port.
+        recompute: Whether blocks run again in the backward pass rather than keep their activations.
 
     Raises:
         TransportError: An address is not free, or not one to listen on.
@@ -100,11 +101,12 @@ class StageServer:
         wires: tuple[Wire, ...] = tuple(Wire),
         state: Path | None = None,
         metrics_address: str | None = None,
+        recompute: bool = False,
     ) -> None:
         self.limits = limits or ServerLimits()
         self.metrics = StageMetrics()
         store = None if state is None else StateStore(state, _LOG.warning)
-        self.tenancies = Tenancies(backbone, backbone.fingerprint(), self.limits, store)
+        self.tenancies = Tenancies(backbone, backbone.fingerprint(), self.limits, store, recompute=recompute)
         self._identity = identity
         passes = TrainingPasses(self.tenancies)
         self._session_calls = SessionCalls(self.tenancies, passes, wires)

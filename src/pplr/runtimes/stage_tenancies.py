@@ -187,10 +187,20 @@ class Tenancies:
         base_sha256: Its fingerprint.
         limits: What is granted.
         store: Where tenancies are saved; ``None`` keeps them in memory alone.
+        recompute: Whether blocks with LoRA run again in the backward pass rather than keep their activations.
     """
 
-    def __init__(self, backbone: Backbone, base_sha256: str, limits: ServerLimits, store: StateStore | None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        base_sha256: str,
+        limits: ServerLimits,
+        store: StateStore | None,
+        *,
+        recompute: bool = False,
+    ) -> None:
         self.backbone, self.base, self.limits, self.store = backbone, base_sha256, limits, store
+        self._recompute = recompute
         self._hosts: dict[Settings, StageHost] = {}
         self._sessions: dict[Owner, Session] = {}
         self._offers: dict[Owner, Offer] = {}
@@ -265,7 +275,7 @@ class Tenancies:
             tensors = {name: tensor.clone() for name, tensor in before.state().items()}
         elif keep and self.store is not None and (saved := self.store.load(owner)) is not None:
             tensors = saved.tensors if dict(saved.settings) == settings.told(self.base) else None
-        host = self._hosts.get(settings) or StageHost(self.backbone, settings.plan, settings.adapter, settings.training)
+        host = self._hosts.get(settings) or self._new_host(settings)
         shapes = host.stage.shapes
         if tensors is not None:
             _check_state(tensors, shapes, str(owner))
@@ -278,6 +288,10 @@ class Tenancies:
         if tensors is not None:
             _put_back(session, tensors)
         return session
+
+    def _new_host(self, settings: Settings) -> StageHost:
+        again = self._recompute and settings.adapter.kind == "lora"  # whatever the client does in its own memory
+        return StageHost(self.backbone, settings.plan, settings.adapter, settings.training, recompute=again)
 
     def _check_room(self, owner: Owner, settings: Settings) -> None:
         others = [session for session in self.of(owner.client) if session.owner != owner]

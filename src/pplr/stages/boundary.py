@@ -79,6 +79,6 @@ class Crossing(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Send the gradient, return the middle stage's."""
+        """Send the gradient, return the middle stage's, if it was wanted."""
         transport, step, lengths, outgoing = ctx.crossing  # type: ignore[attr-defined]
         return transport.backward(step, outgoing(grads[0].contiguous()), lengths), None, None, None, None, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -137,11 +137,12 @@ class ClientModel:
         part = self._numbered(batch, dropout_seed)
         states, rate = self._entered(part)
         if self.transport is not None:
-            if not states.requires_grad:
+            call = replace(part.call, gradient_wanted=states.requires_grad)
+            if not states.requires_grad:  # so that the middle stage is trained all the same
                 states = states.detach().requires_grad_(True)
             scales: list[Tensor] = []
             outgoing = partial(self._guarded_gradient, batch.lengths, scales)
-            states = Crossing.apply(states, batch.lengths, self.transport, part.call, part.step, outgoing)
+            states = Crossing.apply(states, batch.lengths, self.transport, call, part.step, outgoing)
             loss = self._leave(states, part)
             if self.guard is not None:
                 loss.register_hook(scales.append)

@@ -80,10 +80,19 @@ class StageHost:
         plan: Which blocks are the middle.
         adapter: LoRA's settings.
         training: The optimizer's settings.
+        recompute: Whether training runs each block again in the backward pass rather than keep its activations.
     """
 
-    def __init__(self, backbone: Backbone, plan: CutPlan, adapter: AdapterConfig, training: TrainingConfig) -> None:
-        self.stage = Stage(backbone, plan.middle, adapter)
+    def __init__(
+        self,
+        backbone: Backbone,
+        plan: CutPlan,
+        adapter: AdapterConfig,
+        training: TrainingConfig,
+        *,
+        recompute: bool = False,
+    ) -> None:
+        self.stage = Stage(backbone, plan.middle, adapter, recompute=recompute)
         self._training = training
         self._tenancies: dict[str, _Tenancy] = {}
 
@@ -126,7 +135,7 @@ class StageHost:
             with torch.no_grad():
                 return self.stage.run(tenancy.member, hidden_states, call)
         self.check_step(client, keep_as)
-        entering = hidden_states.detach().requires_grad_(True)
+        entering = hidden_states.detach().requires_grad_(call.gradient_wanted)
         with torch.enable_grad():
             leaving = self.stage.run(tenancy.member, entering, call)
         tenancy.kept[keep_as] = (entering, leaving)
@@ -155,10 +164,14 @@ class StageHost:
             tenancy.joint[own.step] = (joint, number)
         return joint.leaving
 
-    def backward(self, client: str, step: int, grad_hidden_states: Tensor) -> Tensor:
+    def backward(self, client: str, step: int, grad_hidden_states: Tensor) -> Tensor | None:
         """Send a gradient back through a kept forward pass: (B, T, D) -> (B, T, D).
 
         Adapter gradients add up in the client's tenancy; the kept activations are let go.
+
+        Returns:
+            The gradient of what entered; ``None`` where the call said that it is not wanted. Then nothing is computed
+            below the lowest block that is trained.
 
         Raises:
             TransportError: No forward pass of that step is kept, or it had another shape; what is kept stays.
@@ -169,15 +182,18 @@ class StageHost:
             return self.backward_together([Asked(client, step, grad_hidden_states)])[0]
         entering, leaving = tenancy.kept.pop(step)
         torch.autograd.backward(leaving, grad_hidden_states)
-        if entering.grad is None:
+        if entering.requires_grad and entering.grad is None:
             raise TransportError(f"step {step} of client {client!r} has no gradient", cure="Run the step again.")
         return entering.grad
 
-    def backward_together(self, asked: Sequence[Asked]) -> list[Tensor]:
+    def backward_together(self, asked: Sequence[Asked]) -> list[Tensor | None]:
         """Send gradients back through one pass of several clients, of all or some: (B, T, D) -> (B, T, D) each.
 
         Args:
             asked: One gradient of each client.
+
+        Returns:
+            Of each what :meth:`backward` does.
 
         Raises:
             TransportError: They are not of one pass, or a gradient does not fit; what is kept stays.

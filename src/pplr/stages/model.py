@@ -59,7 +59,7 @@ class CutModel:
         self._transports: dict[str, Transport] = {}
         self._connect = None if plan.is_whole else connect
         if self._connect is None and not plan.is_whole:
-            self.host = StageHost(server or backbone, plan, adapter, training)
+            self.host = StageHost(server or backbone, plan, adapter, training, recompute=training.recompute)
         self._middle_shapes = adapter_shapes(backbone, plan.middle, adapter)
 
     @property

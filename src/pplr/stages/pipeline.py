@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from pplr.stages.stage import StageCall
 from pplr.stages.transport import Transport
 
 __all__ = ["Ends", "MicroBatch", "train_overlapped"]
+
+AnswerT = TypeVar("AnswerT")
 
 
 @dataclass
@@ -52,12 +55,12 @@ class Ends:
 
 
 @dataclass
-class _Under:
+class _Under(Generic[AnswerT]):
     """A micro-batch that is under way."""
 
     own: MicroBatch
     entered: Tensor
-    answer: Future[Tensor]
+    answer: Future[AnswerT]
 
 
 def train_overlapped(
@@ -78,13 +81,14 @@ def train_overlapped(
         Each micro-batch's sum of losses.
     """
     losses: list[float] = []
-    forward: deque[_Under] = deque()
-    backward: deque[_Under] = deque()
+    forward: deque[_Under[Tensor]] = deque()
+    backward: deque[_Under[Tensor | None]] = deque()
     carrier = ThreadPoolExecutor(1, thread_name_prefix="cut")
 
     def enter(own: MicroBatch) -> None:
         entered = ends.enter(own)
-        sent = carrier.submit(transport.forward, entered.detach(), own.batch.lengths, own.call, keep_as=own.step)
+        call = replace(own.call, gradient_wanted=entered.requires_grad)
+        sent = carrier.submit(transport.forward, entered.detach(), own.batch.lengths, call, keep_as=own.step)
         forward.append(_Under(own, entered, sent))
 
     def turn() -> None:
@@ -95,13 +99,13 @@ def train_overlapped(
         losses.append(float(loss.detach()))
         gradient = torch.zeros_like(back) if back.grad is None else back.grad.contiguous()
         gradient = ends.outgoing(gradient, under.own)
-        under.answer = carrier.submit(transport.backward, under.own.step, gradient, under.own.batch.lengths)
-        backward.append(under)
+        answer = carrier.submit(transport.backward, under.own.step, gradient, under.own.batch.lengths)
+        backward.append(_Under(under.own, under.entered, answer))
 
     def finish() -> None:
         under = backward.popleft()
         gradient = under.answer.result()
-        if under.entered.requires_grad:
+        if gradient is not None:
             under.entered.backward(gradient)
 
     try:

@@ -83,7 +83,8 @@ class CutCost:
         memory_bytes: These, its adapter with gradients and AdamW's moments, and what a batch keeps for the backward
             pass; without the process itself (Python and libraries).
         compute_share: Part of the model's training compute that the client does, in [0, 1].
-        wire_bytes: Of one training sample, both ways, forward and backward.
+        wire_bytes: Of one training sample, both ways, forward and backward; a quarter less where nothing is trained
+            before the first cut.
         tokens_per_second: Of the client's own part; ``None`` when not measured.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +37,7 @@ class StageCall:
             mask for each new token: the real ones of them; what comes before is padding.
         row: How sequences stand in one row of tokens, where they do; B is 1 then, and there is neither a mask nor
             positions.
+        gradient_wanted: Whether, after a training pass, the gradient of what entered is of use to anyone.
     """
 
     attention_mask: Tensor | None = None
@@ -45,6 +46,7 @@ class StageCall:
     adapter: bool = True
     lengths: Tensor | None = None
     row: SharedRow | None = None
+    gradient_wanted: bool = True
 
     def new_lengths(self, tokens: int) -> Tensor:
         """Count the real ones of each row's ``tokens`` newest tokens, which padding comes before: (B,).
@@ -139,10 +141,13 @@ class Stage:
             with batches(parts):
                 yield
 
-        again = self.recompute and cache is None
-        recomputing: AbstractContextManager[None] = self.blocks.recomputing(prepared) if again else nullcontext()
-        with prepared(), recomputing:
+        with prepared(), self._recomputing(prepared, cache):
             return self.slots.run(self.blocks, hidden_states, mask, positions, cache)
+
+    def _recomputing(
+        self, prepared: Callable[[], AbstractContextManager[None]], cache: Any = None
+    ) -> AbstractContextManager[None]:
+        return self.blocks.recomputing(prepared) if self.recompute and cache is None else nullcontext()
 
     def run_row(
         self, hidden_states: Tensor, position_ids: Tensor, parts: Sequence[Part], tenants: Sequence[Tenant]
@@ -155,12 +160,19 @@ class Stage:
             parts: The batches, one for each client.
             tenants: The clients' adapters, in the same order.
         """
-        if not isinstance(self.slots, AdapterSlots):
+        slots = self.slots
+        if not isinstance(slots, AdapterSlots):
             raise BackboneError("a stage without LoRA takes one client at a time", cure="Run one client at a time.")
-        self.slots.enable(True)
         everything = torch.ones_like(position_ids)  # each part has a mask of its own
-        with batches(parts), self.slots.shared(tenants):
-            return self.slots.run(self.blocks, hidden_states, everything, position_ids, None)
+
+        @contextmanager
+        def prepared() -> Iterator[None]:
+            slots.enable(True)
+            with batches(parts), slots.shared(tenants):
+                yield
+
+        with prepared(), self._recomputing(prepared):
+            return slots.run(self.blocks, hidden_states, everything, position_ids, None)
 
     def _prepare(self, member: Member, call: StageCall) -> None:
         if self._bound is not member:

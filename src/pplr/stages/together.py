@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pplr.backbones.attention import Part
 from pplr.backbones.slots import AdapterSlots, Tenant
@@ -31,12 +31,12 @@ class Entry:
         call: How the stage is to be run; with the adapter, and without a mask or positions of its own.
 
     Attributes:
-        entering: ``hidden_states`` as the leaf of a graph.
+        entering: ``hidden_states`` as the leaf of a graph, if their gradient is wanted.
     """
 
     def __init__(self, member: Member, hidden_states: Tensor, call: StageCall) -> None:
         self.member, self.call = member, call
-        self.entering = hidden_states.detach().requires_grad_(True)
+        self.entering = hidden_states.detach().requires_grad_(call.gradient_wanted)
         self._versions = self._now()
 
     def _now(self) -> list[int]:
@@ -53,7 +53,7 @@ class Entry:
         return self.entering.shape[0] * self.entering.shape[1]
 
     @property
-    def trained(self) -> list[nn.Parameter]:
+    def trained(self) -> list[Tensor]:
         """What of the adapter is trained."""
         return [parameter for parameter in self.member.parameters.values() if parameter.requires_grad]
 
@@ -93,27 +93,28 @@ class JointPass:
         if not self._waiting:
             self._graph = None
 
-    def backward(self, gradients: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    def backward(self, gradients: Mapping[int, Tensor]) -> dict[int, Tensor | None]:
         """Send some clients' gradients back, each once; the gradients of their adapters add up.
 
         Args:
             gradients: (B, T, D) by the client's number.
 
         Returns:
-            Gradients of what entered, (B, T, D) by the client's number.
+            Gradients of what entered, (B, T, D) by the client's number; ``None`` where it is not wanted.
 
         Raises:
             RuntimeError: A gradient does not fit; no adapter's gradient has changed.
         """
-        own = [self._entries[number] for number in gradients]
+        own = {number: self._entries[number] for number in gradients}
         leaving = self._ends(list(gradients))
-        wanted = [entry.entering for entry in own] + [p for entry in own for p in entry.trained]
-        found = torch.autograd.grad(leaving, wanted, list(gradients.values()))
-        for parameter, gradient in zip(wanted[len(own) :], found[len(own) :], strict=True):
+        asking = {number: entry.entering for number, entry in own.items() if entry.entering.requires_grad}
+        trained = [parameter for entry in own.values() for parameter in entry.trained]
+        found = torch.autograd.grad(leaving, [*asking.values(), *trained], list(gradients.values()))
+        for parameter, gradient in zip(trained, found[len(asking) :], strict=True):
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         for number in gradients:
             self.forget(number)
-        return dict(zip(gradients, found[: len(own)], strict=True))
+        return dict.fromkeys(gradients) | dict(zip(asking, found[: len(asking)], strict=True))
 
     def _ends(self, numbers: Sequence[int]) -> list[Tensor]:
         """Find the ends of a graph of some clients: that of all, if going back through it costs less than a new one."""

@@ -45,8 +45,8 @@ class Transport(Protocol):
     def forward(self, hidden_states: Tensor, lengths: Tensor, call: StageCall, *, keep_as: int | None) -> Tensor:
         """Run the middle stage; ``lengths`` (B,) says how many of the T states of each row are real."""
 
-    def backward(self, step: int, grad_hidden_states: Tensor, lengths: Tensor) -> Tensor:
-        """Send a gradient back through a kept forward pass."""
+    def backward(self, step: int, grad_hidden_states: Tensor, lengths: Tensor) -> Tensor | None:
+        """Send a gradient back through a kept forward pass; nothing comes back where that pass wanted nothing."""
 
     def discard(self) -> None:
         """Let go of kept activations and caches, as after an error."""
@@ -142,10 +142,11 @@ class LocalTransport:
         self._count(hidden_states, int(lengths.sum()))
         return self._host.forward(self._client, hidden_states, call, keep_as=keep_as)
 
-    def backward(self, step: int, grad_hidden_states: Tensor, lengths: Tensor) -> Tensor:
-        """Send a gradient back: (B, T, D) -> (B, T, D)."""
-        self._count(grad_hidden_states, int(lengths.sum()))
-        return self._host.backward(self._client, step, grad_hidden_states)
+    def backward(self, step: int, grad_hidden_states: Tensor, lengths: Tensor) -> Tensor | None:
+        """Send a gradient back: (B, T, D) -> (B, T, D), if what entered wants one."""
+        entering = self._host.backward(self._client, step, grad_hidden_states)
+        self._count(grad_hidden_states, int(lengths.sum()), replies=entering is not None)
+        return entering
 
     def discard(self) -> None:
         """Let go of kept activations and caches."""

@@ -35,7 +35,7 @@ class Guess:
 
     Args:
         tokens: T tokens, ``None`` where it says nothing; ``None`` for an attack on the target alone.
-        targets: Items, the likeliest target first; ``None`` to read it off the tokens.
+        targets: Items, the likeliest target first; ``None`` to read it off the tokens, where they hold it.
     """
 
     tokens: tuple[int | None, ...] | None = None
@@ -87,10 +87,6 @@ class Attacker:
     def known(self, length: int) -> list[int | None]:
         """Write down what is known of a pass before the attack: its beginning."""
         return [*self.prefix[:length], *[None] * (length - len(self.prefix))]
-
-    def targets_of(self, last: Tensor) -> tuple[int, ...] | None:
-        """Where tokens are items, the candidates of the last position are those for the target; else ``None``."""
-        return tuple(last.tolist()) if self.reads_items else None
 
     @cached_property
     def shortlist(self) -> Shortlist:

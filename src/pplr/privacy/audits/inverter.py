@@ -29,7 +29,6 @@ _BETTER = 0.02
 """Share by which the held-out loss must fall to count as better."""
 _PERFECT = 0.005
 """Held-out loss below which nothing is left to learn."""
-_BEST = 10
 
 
 @register
@@ -65,9 +64,8 @@ class Inverter(Audit):
             if own.length <= lead:
                 guesses.append(Guess(attacker.prefix[: own.length]))
                 continue
-            best = said[network.best(own.states[lead:], min(_BEST, len(said)))]  # (T - lead, K)
-            tokens = (*attacker.prefix, *best[:, 0].tolist())
-            guesses.append(Guess(tokens, attacker.targets_of(best[-1])))
+            best = said[network.best(own.states[lead:])]  # (T - lead,)
+            guesses.append(Guess((*attacker.prefix, *best.tolist())))
         return guesses
 
 
@@ -97,10 +95,10 @@ class _Network(nn.Module):
         return self.leave(entered + recurred)
 
     @torch.no_grad()
-    def best(self, states: Tensor, count: int) -> Tensor:
-        """Read one pass: (T, D) -> (T, count), the likeliest first."""
+    def best(self, states: Tensor) -> Tensor:
+        """Read one pass: (T, D) -> (T,)."""
         logits = self(states[None].to(self.mean), torch.tensor([len(states)]))
-        return logits[0].topk(count, dim=-1).indices.cpu()
+        return logits[0].argmax(dim=-1).cpu()
 
 
 def _trained(passes: Sequence[tuple[Tensor, Tensor]], choices: int, seed: int, device: torch.device) -> _Network:

@@ -34,9 +34,9 @@ class LabelGradients(Audit):
     The cosine does not depend on by how many targets a client divides its loss, and it orders candidates as their
     distance to g does at each one's best scale.
 
-    Where the backbone reads items, the gradient of the state before the last follows from its own target alone, as
-    nothing later is predicted; every item is tried there. Without an output block that is so at every position, and all
-    of the history but its first item is read. The loss is taken over the whole catalog: exact, but for
+    Where the backbone reads items, the gradient of the last state follows from its own target alone, as nothing later
+    is predicted; every item is tried there. Without an output block that is so at every position, and the target and
+    all of the history but its first item are read. The loss is taken over the whole catalog: exact, but for
     clients that compare with drawn negatives, which the attacker does not know, or leave items out.
 
     Where it reads text, the catalog's titles are tried as answers, all over the last positions, as many as the longest
@@ -59,16 +59,15 @@ class LabelGradients(Audit):
         answers = None if attacker.reads_items else Answers(attacker)
         guesses = []
         for own in seen:
-            if own.gradient is None or own.length < 2:
+            if own.gradient is None:
                 guesses.append(Guess())
+            elif answers is not None:
+                guesses.append(Guess(targets=tuple(_titles(own, attacker, answers)[:_BEST].tolist())))
             else:
-                last = own.length - 2
-                ranked = _titles(own, attacker, answers) if answers is not None else _items(own, last, attacker)
-                tokens = None
-                if answers is None and len(attacker.replica.plan.output) == 0:
-                    others = [int(_items(own, place, attacker)[0]) for place in range(last)]
-                    tokens = (None, *others, int(ranked[0]))
-                guesses.append(Guess(tokens, tuple(ranked[:_BEST].tolist())))
+                last, tokens = own.length - 1, None
+                if len(attacker.replica.plan.output) == 0:
+                    tokens = (None, *(int(_items(own, place, attacker)[0]) for place in range(last)))
+                guesses.append(Guess(tokens, tuple(_items(own, last, attacker)[:_BEST].tolist())))
         return guesses
 
 

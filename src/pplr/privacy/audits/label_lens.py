@@ -23,7 +23,7 @@ class LabelLens(Audit):
     """argmax_c log p(c | h), with h what the server sends back.
 
     It tells how much of the target the prediction tells, and needs no gradient: the better a recommender, the more it
-    finds. Where the backbone reads items, the state before the last ranks the catalog. Where it reads text, each title
+    finds. Where the backbone reads items, the last state ranks the catalog. Where it reads text, each title
     is judged by how far, in the mean over its answer's tokens at the last positions of the pass, each token's
     log-probability is below that of the likeliest there; so titles of more tokens lose nothing by words that no model
     could foresee. The states have read the true answer up to their own token, as in training, which helps the attacker.
@@ -38,7 +38,7 @@ class LabelLens(Audit):
     def attack(self, seen: Sequence[Observation], attacker: Attacker) -> list[Guess]:
         """Guess the target of each pass."""
         answers = None if attacker.reads_items else Answers(attacker)
-        return [Guess() if own.length < 2 else _guess(own, attacker, answers) for own in seen]
+        return [_guess(own, attacker, answers) for own in seen]
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def _guess(own: Observation, attacker: Attacker, answers: Answers | None) -> Gue
     """Rank the catalog by what the states say that predict the target."""
     replica = attacker.replica
     if answers is None:
-        states = replica.leave(own.returned[None, -2:-1], own.returned[:-2])
+        states = replica.leave(own.returned[None, -1:], own.returned[:-1])
         scores = scores_of(replica, states[0])[0]
         return Guess(targets=tuple(scores.topk(min(_BEST, len(scores))).indices.tolist()))
     chosen = answers.fitting(own.length)

@@ -42,7 +42,6 @@ class LogitLens(Audit):
         guesses = []
         for own in seen:
             best = scores_of(attacker.replica, own.states).topk(10 if attacker.reads_items else 1, dim=-1).indices.cpu()
-            tokens = (None, *best[:-1, 0].tolist())
-            targets = attacker.targets_of(best[-2] if len(best) > 1 else best[-1])
-            guesses.append(Guess(tokens[: own.length], targets))
+            targets = tuple(best[-1].tolist()) if attacker.reads_items else None  # what comes after the last item
+            guesses.append(Guess((None, *best[:-1, 0].tolist()), targets))
         return guesses

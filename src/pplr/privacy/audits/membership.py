@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pplr.backbones.item_vectors import ItemVectors
 from pplr.data.prompts import Case
@@ -52,11 +53,10 @@ def _matched_losses(
     for start in range(0, len(flat), batch_size):
         part = flat[start : start + batch_size]
         batch = backbone.collate([sample for _, sample in part])
-        asked = batch.is_target[:, 1:]  # (B, T - 1)
-        states = model.hidden_states(batch)[:, :-1][asked]  # (S, D)
+        states = model.hidden_states(batch)[batch.is_target]  # (S, D)
         scores = (backbone.queries(states, model.output_end) / backbone.config.temperature) @ items.t()
-        losses = F.cross_entropy(scores, batch.input_ids[:, 1:][asked], reduction="none").double().cpu().numpy()
-        owners = np.array([number for number, _ in part])[asked.nonzero()[:, 0].cpu().numpy()]
+        losses = F.cross_entropy(scores, cast(Tensor, batch.labels), reduction="none").double().cpu().numpy()
+        owners = np.array([number for number, _ in part])[batch.is_target.nonzero()[:, 0].cpu().numpy()]
         np.add.at(total, owners, losses)
         np.add.at(targets, owners, 1.0)
     return total / targets

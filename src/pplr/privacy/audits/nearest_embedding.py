@@ -26,7 +26,5 @@ class NearestEmbedding(Audit):
         guesses = []
         for own in seen:
             scores = F.normalize(own.states.to(table), dim=-1) @ table.t()  # (T, V)
-            best = scores.topk(min(10, len(vocabulary)), dim=-1).indices.cpu()
-            tokens = tuple(int(vocabulary[i]) for i in best[:, 0])
-            guesses.append(Guess(tokens, attacker.targets_of(vocabulary[best[-1]])))
+            guesses.append(Guess(tuple(vocabulary[scores.argmax(dim=-1).cpu()].tolist())))
         return guesses

@@ -48,16 +48,14 @@ class VocabularyMatching(Audit):
 
 def guess_of(attacker: Attacker, own: Observation, propose: Callable[[int, tuple[int, ...]], Tensor]) -> Guess:
     """Walk one pass from left to right; once the attacker's time is up, take what is most promising and run nothing."""
-    began, ranked = time.monotonic(), []
+    began, tokens = time.monotonic(), list[int]()
     for order, _ in attacker.replica.walk(own.states, attacker.known(own.length), propose):
-        ranked.append(order)
+        tokens.append(int(order[0]))
         if attacker.seconds is not None and time.monotonic() - began >= attacker.seconds:
             break
-    tokens = [int(order[0]) for order in ranked]
     for position in range(len(tokens), own.length):
-        ranked.append(propose(position, tuple(tokens)))
-        tokens.append(int(ranked[-1][0]))
-    return Guess(tuple(tokens), attacker.targets_of(ranked[-1][:10]))
+        tokens.append(int(propose(position, tuple(tokens))[0]))
+    return Guess(tuple(tokens))
 
 
 def nearest_pairs(seen: Sequence[Observation], attacker: Attacker) -> list[Guess]:
@@ -66,7 +64,6 @@ def nearest_pairs(seen: Sequence[Observation], attacker: Attacker) -> list[Guess
     guesses = []
     for own in seen:
         far = torch.cdist(own.states.cpu(), states)  # (T, M)
-        near, last = tokens[far.argmin(dim=-1)], tokens[far[-1].argsort()]
-        targets = attacker.targets_of(torch.tensor(list(dict.fromkeys(last.tolist()))[:10]))
-        guesses.append(Guess((*attacker.prefix, *near[len(attacker.prefix) :].tolist())[: own.length], targets))
+        near = tokens[far.argmin(dim=-1)]
+        guesses.append(Guess((*attacker.prefix, *near[len(attacker.prefix) :].tolist())[: own.length]))
     return guesses
