@@ -292,8 +292,8 @@ class ItemVectors(MatchingBackbone):
     def end_flops(self, batch: Batch) -> int:
         """Count the products of the projections, all trained, and the scores of M targets among the items compared."""
         size, width, hidden = self.hidden_size, self.config.width, self.config.hidden_width or 0
-        labels = batch.input_ids[:, 1:][batch.is_target[:, 1:]]
-        chosen = draw_negatives(batch.input_ids, labels, self.config.negatives, len(self.vectors))
+        labels, held = _asked(batch)
+        chosen = draw_negatives(held, labels, self.config.negatives, len(self.vectors))
         items, targets = len(self.vectors) if chosen is None else len(chosen), len(labels)
         vectors = 4 * size * (size + hidden) + 6 * hidden * size  # an item's: what enters needs no gradient
         placed = 4 * size * (width + hidden) + 6 * hidden * width
@@ -301,9 +301,14 @@ class ItemVectors(MatchingBackbone):
 
     def loss(self, hidden_states: Tensor, batch: Batch, ends: Mapping[str, Tensor]) -> Tensor:
         """Sum the cross-entropy of each target among the catalog, or among the negatives drawn for this batch."""
-        if batch.labels is None:
-            raise BackboneError("a batch without targets has no loss", cure="Make it with collate.")
+        labels, held = _asked(batch)
         queries = self.queries(hidden_states[batch.is_target], ends)  # (M, width), of the states that predict
-        held = torch.cat([batch.input_ids.flatten(), batch.labels])
         items = partial(self.items, ends)
-        return catalog_loss(queries, items, batch.labels, held, self.config, len(self.vectors), self._left_out)
+        return catalog_loss(queries, items, labels, held, self.config, len(self.vectors), self._left_out)
+
+
+def _asked(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return what a batch asks for, (M,), and all items of its histories, targets included, padding with them."""
+    if batch.labels is None:
+        raise BackboneError("a batch without targets has no loss", cure="Make it with collate.")
+    return batch.labels, torch.cat([batch.input_ids.flatten(), batch.labels])
