@@ -30,7 +30,8 @@ class AuditSettings:
         cuts: Pairs of k and m; the run's own when empty.
         noises: Standard deviations of noise on hidden states, as multiples of theirs, over what the run does itself.
         passes: How often each pass crosses, each time with new noise; attackers look at the mean. With
-            ``settle_rounds`` only those before the input stage settles, and one more, are new.
+            ``settle_rounds`` only as many are new as a state can cross with noise of its own: those before the input
+            stage settles, validation among them, and few after.
         guards: What clients do to what they send; the run's own ``privacy.states`` when empty. With another one a run
             shows what that would hide, and what it costs a model that was trained without it.
         wire: How states travel; the run's own way when absent.

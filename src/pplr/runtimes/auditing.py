@@ -29,6 +29,7 @@ from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.attacking import Attackers, rounded, saved_adapters
 from pplr.runtimes.audit_settings import AuditSettings
 from pplr.runtimes.run import Run
+from pplr.runtimes.state_counts import draws_of_a_state
 from pplr.seeds import derive_seed, generator
 from pplr.stages.cut import CutPlan
 from pplr.stages.model import CutModel
@@ -194,7 +195,7 @@ class _Work:
         """Count the passes that differ: after the input stage has settled they are all the same."""
         if guard.settle_rounds is None:
             return passes
-        return min(passes, guard.settle_rounds * self.run.config.training.local_epochs + 1)
+        return min(passes, draws_of_a_state(self.assembly, guard.settle_rounds))
 
     def _observe(
         self,
