@@ -40,6 +40,17 @@ class TestNearestEmbedding(AuditContract):
     finds: ClassVar = {"causal_lm": 1.0, "lists": 1.0, "item_vectors": 1.0}
 
 
+class TestLogitLens(AuditContract):
+    """States that have been moved until they predict each next token, which an untrained model's do not."""
+
+    audit = "logit_lens"
+    levels = ("own",)
+    finds: ClassVar = {"causal_lm": 0.9, "lists": 0.9, "item_vectors": 0.7}  # all but the first
+
+    def seen(self, scene: Scene) -> list[Observation]:
+        return scene.foreseeing
+
+
 class TestVocabularyMatching(AuditContract):
     audit = "vocabulary_matching"
     finds: ClassVar = {"causal_lm": 1.0, "lists": 1.0, "item_vectors": 1.0}
@@ -236,6 +247,28 @@ def test_noise_on_gradients_hides_the_target_and_many_passes_bring_it_back():
         seen = scene.seen(StateGuard(config, bytes(32), "client"), passes)
         found.append(scene.mean(make_audit("label_gradients").attack(seen, scene.attacker("own")), "target_hit@1"))
     assert found[0] < 0.5 < found[1]
+
+
+@pytest.mark.parametrize("name", ["causal_lm", "lists"])
+def test_clipping_each_tokens_gradient_hides_no_target_from_who_clips_candidates_too(name, monkeypatch):
+    best = []
+    ranked = label_gradients._cosines
+
+    def kept(candidates, seen, *places):
+        best.append(float(ranked(candidates, seen, *places).max()))
+        return ranked(candidates, seen, *places)
+
+    monkeypatch.setattr(label_gradients, "_cosines", kept)
+    scene = Scene(name, (0, 1))
+    guard = StateGuard(StatePrivacyConfig(gradient_clip_norm=1e-3), b"", "client")
+    seen = scene.seen(guard)
+    assert seen[0].gradient.norm(dim=-1).max() <= 1.001e-3
+    knowing = scene.mean(make_audit("label_gradients").attack(seen, scene.attacker("own", guard)), "target_hit@1")
+    assert knowing == 1.0
+    assert min(best) > 0.9999
+    best.clear()
+    make_audit("label_gradients").attack(seen, scene.attacker("own"))
+    assert min(best) < 0.99  # lengths that the clip has made alike, which this attacker does not
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from hashlib import sha256
 from itertools import takewhile
 
@@ -18,7 +19,7 @@ from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample
 from pplr.privacy.audits import Attacker, Knowledge
 from pplr.privacy.replica import Replica
-from pplr.privacy.states import StateGuard
+from pplr.privacy.states import StateGuard, clipped
 from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.recommending import saved_adapter
 from pplr.runtimes.run import Run
@@ -92,6 +93,7 @@ class Attackers:
             auxiliary=self.auxiliary,
             prefix=self._prefix(),
             through=_repeated(through, guard, passes, replica),
+            clip_gradients=partial(clipped, clip_norm=states.gradient_clip_norm),
             seed=self.seed,
             seconds=seconds,
         )

@@ -24,7 +24,7 @@ class AuditSettings:
     """What is audited.
 
     Args:
-        attacks: Names of attacks; when empty, all but those that take long.
+        attacks: Names of attacks; when empty, all but those that take long, and those that know the noise where it is.
         knowledge: What attackers have; every level that an attack can be run at when empty.
         users: Users whose passes are attacked.
         cuts: Pairs of k and m; the run's own when empty.
@@ -34,7 +34,7 @@ class AuditSettings:
             stage settles, validation among them, and few after.
         guards: What clients do to what they send; the run's own ``privacy.states`` when empty. With another one a run
             shows what that would hide, and what it costs a model that was trained without it.
-        wire: How states travel; the run's own way when absent.
+        wires: How states travel; the run's own way when empty.
         ranked_users: Users whose rankings are measured where there is noise; all when absent.
         seed: Of the draws of users, auxiliary text and noise.
     """
@@ -46,7 +46,7 @@ class AuditSettings:
     noises: tuple[float, ...] = (0.0,)
     passes: tuple[int, ...] = (1,)
     guards: tuple[StatePrivacyConfig, ...] = ()
-    wire: Literal["exact", "float32", "bfloat16", "int8"] | None = None
+    wires: tuple[Literal["exact", "float32", "bfloat16", "int8"], ...] = ()
     ranked_users: int | None = 200
     seed: int = 0
 
@@ -72,7 +72,7 @@ class AuditWords(TypedDict, total=False):
         noises: Standard deviations of noise on hidden states, as multiples of the states' own size.
         passes: How often each pass crosses with new noise; attackers look at the mean.
         guards: Each a number of settings of ``privacy.states``, such as ``["clip_norm=36"]``; the run's own when empty.
-        wire: How states travel; the run's own way when absent.
+        wires: How states travel; the run's own way when empty.
         seed: Of the draws of users, public text and noise.
     """
 
@@ -83,7 +83,7 @@ class AuditWords(TypedDict, total=False):
     noises: Sequence[float]
     passes: Sequence[int]
     guards: Sequence[Sequence[str]]
-    wire: str | None
+    wires: Sequence[str]
     seed: int
 
 
@@ -96,15 +96,13 @@ def make_settings(**words: Unpack[AuditWords]) -> AuditSettings:
     Raises:
         ConfigError: One of them is unknown.
     """
-    levels, wire = words.get("knowledge", ()), words.get("wire")
+    levels, wires = words.get("knowledge", ()), words.get("wires", ())
     for word, known, what in (
         *((own, _LEVELS, "knowledge") for own in levels),
-        (wire, (None, *_WIRES), "wire format"),
+        *((own, _WIRES, "wire format") for own in wires),
     ):
         if word not in known:
-            raise ConfigError(
-                f"no {what} is called {word!r}", cure=nearest(str(word), [str(own) for own in known if own])
-            )
+            raise ConfigError(f"no {what} is called {word!r}", cure=nearest(str(word), [str(own) for own in known]))
     return AuditSettings(
         attacks=tuple(words.get("attacks", ())),
         knowledge=tuple(cast(Knowledge, own) for own in levels),
@@ -113,7 +111,7 @@ def make_settings(**words: Unpack[AuditWords]) -> AuditSettings:
         noises=tuple(words.get("noises", AuditSettings.noises)),
         passes=tuple(words.get("passes", AuditSettings.passes)),
         guards=tuple(_guard_of(told) for told in words.get("guards", ())),
-        wire=cast(Any, wire),
+        wires=cast(Any, tuple(wires)),
         seed=words.get("seed", AuditSettings.seed),
     )
 

@@ -55,7 +55,8 @@ def elsewhere(audit: AuditRecord) -> bool:
 
 
 def _is_own(setting: SettingRecord, audit: AuditRecord) -> bool:
-    return (setting.cut, setting.guard, setting.noise, setting.passes) == (audit.cut, audit.guard, 0, 1)
+    own = (setting.cut, setting.guard, setting.noise, setting.passes, setting.wire or audit.wire)
+    return own == (audit.cut, audit.guard, 0, 1, audit.wire)
 
 
 def strongest_attack(setting: SettingRecord, metric: str) -> tuple[AttackRecord, IntervalRecord] | None:
@@ -162,6 +163,7 @@ def _where(setting: SettingRecord) -> str:
     where = f"k = {cut.input_layers}, m = {cut.output_layers} of {cut.total_layers} blocks"
     where += f", {said(setting.guard)}" if setting.guard else ""
     where += f", noise {setting.noise:g} times the states' size" if setting.noise else ""
+    where += f", {said(setting.wire)} on the wire" if setting.wire else ""
     return where + (f", mean of {setting.passes} passes" if setting.passes > 1 else "")
 
 

@@ -54,6 +54,7 @@ class Attacker:
         auxiliary: Draws passes of public text, such as prompts of titles drawn by popularity; each a row of tokens.
         prefix: Tokens with which every pass begins.
         through: What becomes of states on their way to the server; the attacker knows how, not with which noise.
+        clip_gradients: What the client does to a gradient at the second cut without drawing anything.
         seed: Of its draws.
         seconds: How long it may run candidates for a pass; what is left then it guesses without running any.
     """
@@ -65,6 +66,7 @@ class Attacker:
     auxiliary: Callable[[int, int], list[tuple[int, ...]]]
     prefix: tuple[int, ...] = ()
     through: Callable[[Tensor], Tensor] = field(default=lambda states: states)
+    clip_gradients: Callable[[Tensor], Tensor] = field(default=lambda gradient: gradient)
     seed: int = 0
     seconds: float | None = None
 
@@ -117,6 +119,8 @@ class Audit(ABC):
         name: How it is asked for.
         knows: The levels of knowledge at which it can be run.
         by_default: Whether it runs unless other attacks are asked for; one that takes long does not.
+        in_noise: Whether it runs by default where states are noisy, as it knows the noise.
+        of_items: Whether it attacks backbones that read items alone.
         looks_at: The cut whose states or gradients it reads; what it finds does not depend on where the other one is.
         looks_at_everyone: Whether it is given all training passes of a client, not only those it is scored by.
     """
@@ -124,6 +128,8 @@ class Audit(ABC):
     name: ClassVar[str]
     knows: ClassVar[tuple[Knowledge, ...]] = ("own", "exchanged", "mixed", "base")
     by_default: ClassVar[bool] = True
+    in_noise: ClassVar[bool] = False
+    of_items: ClassVar[bool] = False
     looks_at: ClassVar[Literal["first", "second"]] = "first"
     looks_at_everyone: ClassVar[bool] = False
 
