@@ -19,6 +19,7 @@ from benchmarks.measuring import machine, quality_parser
 from benchmarks.quality import finish
 from pplr.apps.auditing import SWEPT_NOISES, draw_frontier, parse_cuts, read_beside, sweep_cuts
 from pplr.errors import PplrError
+from pplr.privacy.audits import PAIRS
 from pplr.runtimes.run import open_run
 from pplr.storage import write_json
 
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--beside", nargs="+", type=Path, default=[], metavar="RUN_DIR")
     parser.add_argument("--guard", nargs="+", default=[], metavar="FIELD=VALUE,...")
     parser.add_argument("--passes", nargs="+", type=int, default=[1])
+    parser.add_argument("--pairs", nargs="+", type=int, default=[PAIRS])
     parser.add_argument("--attack", nargs="+", default=[])
     parser.add_argument("--has", nargs="+", default=[])
     arguments = parser.parse_args()
@@ -86,6 +88,7 @@ def main() -> None:
                 cuts=cuts,
                 noises=arguments.noise,
                 passes=arguments.passes,
+                pairs=arguments.pairs,
                 guards=[[part for part in own.split(",") if part] for own in arguments.guard],
                 wires=arguments.wire,
                 seed=seed,

@@ -9,7 +9,6 @@ be found out: what is proved of it must lie above the claim, or the audit could 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 import tempfile
 import time
@@ -43,20 +42,34 @@ LENGTH = 6
 
 
 class NoiselessCoins(SecretCoins):
-    """Coins whose normal numbers are all zero, for the control; no setting of pplr leads to them."""
+    """Coins whose normal numbers are all zero, for the control; no setting of pplr leads to them.
+
+    Args:
+        coins: What everything else is drawn from.
+    """
+
+    def __init__(self, coins: SecretCoins) -> None:
+        self._coins = coins
+
+    def uniform(self, count: int) -> NDArray[np.float64]:
+        """Draw as they do."""
+        return self._coins.uniform(count)
 
     def gaussian(self, shape: Sequence[int]) -> NDArray[np.float64]:
         """Draw nothing."""
         return np.zeros(tuple(shape))
+
+    def seed(self) -> int:
+        """Draw as they do."""
+        return self._coins.seed()
 
 
 class NoiselessLedger(Ledger):
     """A ledger that claims what it would with noise, and gives coins that have none."""
 
     def book(self, server_round: int, start_sha256: str, steps: int) -> SecretCoins:
-        """Book as ever, and draw who takes part from what the real coins would have drawn."""
-        seed = super().book(server_round, start_sha256, steps).seed()
-        return NoiselessCoins(hashlib.sha256(seed.to_bytes(8, "big")).digest())
+        """Book as ever."""
+        return NoiselessCoins(super().book(server_round, start_sha256, steps))
 
 
 def audit(

@@ -12,6 +12,7 @@ import torch
 from pplr.config import StatePrivacyConfig
 from pplr.privacy.audits import Guess, inverter, label_gradients, make_audit
 from pplr.privacy.observing import Observation
+from pplr.privacy.shortlist import Shortlist
 from pplr.privacy.states import StateGuard
 from pplr.testing.audits import AuditContract, Scene
 
@@ -68,6 +69,47 @@ class TestPairsBehindBlocks(AuditContract):
     cut = (2, 0)
     levels = ("pairs",)
     finds: ClassVar = {"causal_lm": 0.25, "lists": 0.25, "item_vectors": 0.25}
+
+
+class TestPairsRegression(AuditContract):
+    audit = "pairs_regression"
+    finds: ClassVar = {"item_vectors": 0.95}
+    levels = ("pairs",)
+
+
+class TestPairsRegressionBehindABlock(AuditContract):
+    audit = "pairs_regression"
+    cut = (1, 1)
+    finds: ClassVar = {"item_vectors": 0.4}
+    levels = ("pairs",)
+
+
+def test_more_pairs_tell_more_and_regression_needs_fewer_than_matching():
+    scene = Scene("item_vectors", (0, 1))
+
+    def found(name, pairs):
+        attacker = replace(scene.attacker("pairs"), pairs=pairs)
+        return scene.mean(make_audit(name).attack(scene.seen(), attacker), "token_recovery")
+
+    few, many = (found("pairs_regression", pairs) for pairs in (8, 256))
+    assert found("vocabulary_matching", 8) < few <= many
+    assert found("vocabulary_matching", 8) < found("vocabulary_matching", 256)
+
+
+def test_where_nothing_is_sure_the_whole_catalog_is_tried(monkeypatch):
+    """A shortlist that puts the right item last costs time and finds it all the same."""
+    monkeypatch.setattr("pplr.privacy.replica._TIERS", (2, 4))
+    monkeypatch.setattr("pplr.privacy.audits.vocabulary_matching._SHORT", 4)
+    ranked = Shortlist.of
+
+    def misled(self, states):
+        own = ranked(self, states)
+        return lambda position, candidates, count: own(position, candidates, len(candidates)).flip(0)[:count]
+
+    monkeypatch.setattr(Shortlist, "of", misled)
+    scene = Scene("item_vectors", (1, 1))
+    guesses = make_audit("vocabulary_matching").attack(scene.seen(), scene.attacker("own"))
+    assert scene.mean(guesses, "token_recovery") == 1.0
 
 
 class TestPosteriorMatching(AuditContract):

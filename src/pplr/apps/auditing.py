@@ -72,6 +72,7 @@ def audit_tables(content: Mapping[str, Any]) -> list[tuple[str, Table]]:
             f", {found['wire']} on the wire" if found.get("wire", content.get("wire")) != content.get("wire") else ""
         )
         heading += f", mean of {found['passes']} passes" if found.get("passes", 1) > 1 else ""
+        heading += f", {found['pairs']} pairs" if len({own.get("pairs") for own in content["settings"]}) > 1 else ""
         heading += f"; {content['metric']} {figure(worth['mean'])} of {worth['users']} users"
         if bare := found.get("worth_unguarded"):
             heading += f", {figure(bare['mean'])} of {bare['users']} with the same adapters and nothing done to states"

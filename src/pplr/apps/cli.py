@@ -291,6 +291,10 @@ def audit(
         list[int] | None,
         typer.Option(min=1, help="How often a pass crosses with new noise; attackers see the mean. Repeatable."),
     ] = None,
+    pairs: Annotated[
+        list[int] | None,
+        typer.Option(min=2, help="Public passes whose states an attacker with pairs has; else 256. Repeatable."),
+    ] = None,
     guard: Annotated[
         list[str] | None,
         typer.Option(metavar="FIELD=VALUE,...", help="As if the run had these settings of privacy.states. Repeatable."),
@@ -326,6 +330,7 @@ def audit(
             cuts=cuts,
             noises=noises,
             passes=passes or (1,),
+            pairs=pairs or (256,),
             guards=[own.split(",") for own in guard or ()],
             wires=tuple(wires),
             seed=seed,

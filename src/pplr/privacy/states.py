@@ -226,7 +226,8 @@ def told_of_states(
         "summary": _summary(config, {"states": counts, "gradients": gradient_counts}, epsilon),
         "note": (
             "ε is of what one user's own states and gradients tell, whatever they are, to whoever knows the adapters. "
-            "It does not cover lengths and times, nor what adapters tell."
+            "It does not cover lengths, times and the number of steps, nor the factor by which training.clip_norm "
+            "scales each step, which follows from the gradients and is sent to the server, nor what adapters tell."
         ),
     }
 

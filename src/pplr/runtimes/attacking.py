@@ -17,7 +17,7 @@ from pplr.backbones.causal_lm import CausalLM
 from pplr.config import StatePrivacyConfig
 from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample
-from pplr.privacy.audits import Attacker, Knowledge
+from pplr.privacy.audits import PAIRS, Attacker, Knowledge
 from pplr.privacy.replica import Replica
 from pplr.privacy.states import StateGuard, clipped
 from pplr.runtimes.assembly import Assembly
@@ -70,6 +70,7 @@ class Attackers:
         through: Callable[[Tensor], Tensor] = lambda states: states,
         passes: int = 1,
         seconds: float | None = None,
+        pairs: int = PAIRS,
     ) -> Attacker:
         """Make an attacker on one client.
 
@@ -81,6 +82,7 @@ class Attackers:
             through: What becomes of states on their way.
             passes: How often each pass crossed.
             seconds: How long it may take for a pass; no limit when absent.
+            pairs: Passes of public text whose states it has, at the level ``pairs``.
         """
         guard = self.guard(states, f"{level} attacker of {client}")
         config, known = self.assembly.config, self._known(level, client)
@@ -96,6 +98,7 @@ class Attackers:
             clip_gradients=partial(clipped, clip_norm=states.gradient_clip_norm),
             seed=self.seed,
             seconds=seconds,
+            pairs=pairs,
         )
 
     def guard(self, states: StatePrivacyConfig, whose: str) -> StateGuard | None:

@@ -97,6 +97,7 @@ class _Setting:
         noise: Its size, as a multiple of the states'.
         wire: How states travel.
         passes: How often each pass crossed, not counting those of the same bytes as another.
+        pairs: Passes of public text whose states attackers at the level ``pairs`` have.
         guard: What clients did to what they sent.
         through: What becomes of states on their way, the guard apart.
         seen: The passes, in the order of the secrets.
@@ -107,6 +108,7 @@ class _Setting:
     noise: float
     wire: str
     passes: int
+    pairs: int
     guard: StatePrivacyConfig
     through: Callable[[Tensor], Tensor]
     seen: Sequence[Observation]
@@ -165,12 +167,13 @@ class _Work:
         config = self.run.config
         model = CutModel(self.backbone, plan, config.adapter, config.training, states=config.privacy.states)
         guards = self.settings.guards or (config.privacy.states,)
-        for guard, noise, wire, passes in product(guards, self.settings.noises, self.wires, self.settings.passes):
+        asked = (guards, self.settings.noises, self.wires, self.settings.passes, self.settings.pairs)
+        for guard, noise, wire, passes, pairs in product(*asked):
             through = self._through(plan, noise, wire)
             apart = self._apart(guard, passes)
-            seen_of = partial(self._observe, model, through=through, states=guard, passes=apart)
+            seen_of = partial(self._observe, model, through=through, states=guard, passes=apart, wire=wire)
             seen = [seen_of(name, sample) for name, sample in self.drawn]
-            own = _Setting(plan, noise, wire, apart, guard, through, seen, partial(self._others, seen_of))
+            own = _Setting(plan, noise, wire, apart, pairs, guard, through, seen, partial(self._others, seen_of))
             yield {
                 "cut": {
                     "input_layers": plan.input_layers,
@@ -180,6 +183,7 @@ class _Work:
                 "noise": noise,
                 "wire": wire,
                 "passes": passes,
+                "pairs": pairs,
                 "guard": described(guard) or None,
                 "worth": self._worth(model, own),
                 "worth_unguarded": self._worth_unguarded(model, own),
@@ -227,11 +231,12 @@ class _Work:
         through: Callable[[Tensor], Tensor],
         states: StatePrivacyConfig,
         passes: int,
+        wire: str,
     ) -> Observation:
         encoded = self.backbone.encode([own], self.catalog, self.run.config.data.history_items)
         batch: Batch = self.backbone.collate(encoded)
         guard = self.attackers.guard(states.model_copy(update={"settle_rounds": None}), f"{own.user} of {name}")
-        return observe(model, self.adapters[name], batch, through, guard, passes)
+        return observe(model, self.adapters[name], batch, through, guard, passes, partial(rounded, wire=wire))
 
     def _others(self, seen_of: Callable[[str, Sample], Observation], client: str) -> list[Observation]:
         """Observe the training passes of a client that were not drawn, each once."""
@@ -326,7 +331,7 @@ class _Work:
     def _attack_once(self, name: str, level: Knowledge, at: _Setting) -> dict[str, Any]:
         """Attack, unless the same was done where only the cut differs that this attack does not look at."""
         depth = at.plan.input_layers if AUDITS[name].looks_at == "first" else at.plan.output_layers
-        key = (name, level, depth, at.noise, at.wire, at.passes, at.guard)
+        key = (name, level, depth, at.noise, at.wire, at.passes, at.pairs if level == "pairs" else None, at.guard)
         if key not in self._done:
             self._done[key] = self._attack(name, level, at)
         return self._done[key]
@@ -354,8 +359,10 @@ class _Work:
 
     def _attacker(self, level: Knowledge, client: str, at: _Setting) -> Attacker:
         """Make an attacker, or take the one that knows the same, with what it has learned."""
-        key = (level, client, at.plan, at.noise, at.wire, at.passes, at.guard)
+        key = (level, client, at.plan, at.noise, at.wire, at.passes, at.pairs, at.guard)
         if key not in self._attackers:
             self._attackers = {own: kept for own, kept in self._attackers.items() if own[2:] == key[2:]}
-            self._attackers[key] = self.attackers.make(level, client, at.plan, at.guard, at.through, at.passes)
+            self._attackers[key] = self.attackers.make(
+                level, client, at.plan, at.guard, at.through, at.passes, pairs=at.pairs
+            )
         return self._attackers[key]

@@ -18,13 +18,15 @@ from pplr.privacy.observing import Observation
 from pplr.privacy.replica import Replica
 from pplr.privacy.shortlist import Shortlist
 
-__all__ = ["AUDITS", "Attacker", "Audit", "Guess", "Knowledge", "make_audit", "register"]
+__all__ = ["AUDITS", "PAIRS", "Attacker", "Audit", "Guess", "Knowledge", "make_audit", "register"]
 
 Knowledge = Literal["own", "exchanged", "mixed", "base", "pairs", "catalog"]
 """What the attacker has: the client's ``own`` adapter; what the client ``exchanged`` of it, where some of it stays at
 home; a ``mixed`` one, of the other clients; the public ``base`` and the initial adapter; no weights of the client's,
 but ``pairs`` of auxiliary texts and its states of them; or neither, but the ``catalog``, as everyone has it."""
 
+PAIRS = 256
+"""Auxiliary passes whose states an attacker at the level ``pairs`` has, unless told otherwise."""
 _PASSES = 64
 """Auxiliary passes that a shortlist learns from."""
 
@@ -57,6 +59,7 @@ class Attacker:
         clip_gradients: What the client does to a gradient at the second cut without drawing anything.
         seed: Of its draws.
         seconds: How long it may run candidates for a pass; what is left then it guesses without running any.
+        pairs: Auxiliary passes whose states it has, where it has no weights.
     """
 
     knowledge: Knowledge
@@ -69,6 +72,7 @@ class Attacker:
     clip_gradients: Callable[[Tensor], Tensor] = field(default=lambda gradient: gradient)
     seed: int = 0
     seconds: float | None = None
+    pairs: int = PAIRS
 
     @property
     def reads_items(self) -> bool:
