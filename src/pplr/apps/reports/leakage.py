@@ -78,7 +78,7 @@ def leakage_section(files: RunFiles) -> Section:
     setting = own_setting(audit)
     parts: list[Part] = [Paragraph((said(audit.verdict),), "verdict"), *_guarded(files)]
     if elsewhere(audit):
-        parts.append(Paragraph((f"Measured at {_where(setting)}, which is not how the run was cut.",), "notice"))
+        parts.append(Paragraph((f"Measured at {_where(setting, audit)}, which is not how the run was cut.",), "notice"))
     parts += [
         Paragraph(
             (
@@ -105,7 +105,7 @@ def leakage_section(files: RunFiles) -> Section:
         )
         told = "; ".join(f"{name} {mean:.2f}" for name, mean, *_ in rows)
         told += f"; a guess without states {guess.mean:.2f}" if guess else ""
-        caption = f"Items of the history that each attack read, {_where(setting)}. Right is worse for the users."
+        caption = f"Items of the history that each attack read, {_where(setting, audit)}. Right is worse for the users."
         parts.append(as_chart(figure, f"Means with intervals of item_f1: {said(told)}.", caption, wide=True))
     if len(audit.settings) > 1:
         parts += _sweep(audit)
@@ -151,19 +151,19 @@ def _attacks_table(setting: SettingRecord, audit: AuditRecord) -> Table:
     ruled = [len(rows)]
     rows.append(("no states", "popularity", *(_interval(audit.baseline.get(metric)) for metric in SHOWN), ""))
     columns = ("attack", "attacker has", *SHOWN, "time")
-    return Table(f"What attacks read, {_where(setting)}", columns, rows, texts=("attacker has",), ruled=ruled)
+    return Table(f"What attacks read, {_where(setting, audit)}", columns, rows, texts=("attacker has",), ruled=ruled)
 
 
 def _interval(found: IntervalRecord | None) -> Cell:
     return Cell(MISSING) if found is None else between(found.mean, found.low, found.high)
 
 
-def _where(setting: SettingRecord) -> str:
+def _where(setting: SettingRecord, audit: AuditRecord) -> str:
     cut = setting.cut
     where = f"k = {cut.input_layers}, m = {cut.output_layers} of {cut.total_layers} blocks"
     where += f", {said(setting.guard)}" if setting.guard else ""
     where += f", noise {setting.noise:g} times the states' size" if setting.noise else ""
-    where += f", {said(setting.wire)} on the wire" if setting.wire else ""
+    where += f", {said(setting.wire)} on the wire" if setting.wire not in (None, audit.wire) else ""
     return where + (f", mean of {setting.passes} passes" if setting.passes > 1 else "")
 
 
@@ -175,7 +175,7 @@ def _sweep(audit: AuditRecord) -> list[Part]:
         told = measured(worth.mean)
         if worth.mean is not None and worth.low is not None and worth.high is not None:
             told = between(worth.mean, worth.low, worth.high, 4)
-        rows.append((_where(setting), *(_interval(own[1] if own else None) for own in strongest), told))
+        rows.append((_where(setting, audit), *(_interval(own[1] if own else None) for own in strongest), told))
     columns = ("setting", *SHOWN, f"worth: {said(audit.metric)}")
     parts: list[Part] = [
         Table("The strongest attack at each setting, and what recommendations are worth", columns, rows)
