@@ -7,19 +7,56 @@ The run is trained once; each seed draws other users, other public text and othe
 
 from __future__ import annotations
 
+import copy
 import shlex
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import machine, quality_parser
 from benchmarks.quality import finish
-from pplr.apps.auditing import SWEPT_NOISES, draw_frontier, parse_cuts, sweep_cuts
+from pplr.apps.auditing import SWEPT_NOISES, draw_frontier, parse_cuts, read_beside, sweep_cuts
 from pplr.errors import PplrError
+from pplr.privacy.audits import PAIRS
 from pplr.runtimes.run import open_run
 from pplr.storage import write_json
 
 ROOT = Path(__file__).parent.parent
+
+
+def pooled(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Put the seeds of an audit together: means of means, between the widest of the intervals.
+
+    Seeds draw other users of the same run, some of them the same, so that no interval of all of them would be honest.
+    """
+    content = copy.deepcopy(seeds[0])
+    content["baseline"] = _pooled([own["baseline"] for own in seeds])
+    for place, setting in enumerate(content["settings"]):
+        same = [own["settings"][place] for own in seeds]
+        setting["worth"] = _one([own["worth"] for own in same])
+        setting["audits"] = [_pooled(own) for own in zip(*(each["audits"] for each in same), strict=True)]
+    return content
+
+
+def _pooled(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Put each metric of an attack together."""
+    return {
+        name: _one([each[name] for each in found]) if isinstance(own, dict) else own for name, own in found[0].items()
+    }
+
+
+def _one(found: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    known = [own for own in found if own is not None]
+    if not known:
+        return None
+    return {
+        **known[0],
+        "mean": statistics.fmean(own["mean"] for own in known),
+        "low": min(own.get("low", own["mean"]) for own in known),
+        "high": max(own.get("high", own["mean"]) for own in known),
+    }
 
 
 def main() -> None:
@@ -28,14 +65,18 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=20)
     parser.add_argument("--cut", nargs="+", default=[], metavar="K,M")
     parser.add_argument("--noise", nargs="+", type=float, default=list(SWEPT_NOISES))
+    parser.add_argument("--wire", nargs="+", default=[])
+    parser.add_argument("--beside", nargs="+", type=Path, default=[], metavar="RUN_DIR")
     parser.add_argument("--guard", nargs="+", default=[], metavar="FIELD=VALUE,...")
     parser.add_argument("--passes", nargs="+", type=int, default=[1])
+    parser.add_argument("--pairs", nargs="+", type=int, default=[PAIRS])
     parser.add_argument("--attack", nargs="+", default=[])
     parser.add_argument("--has", nargs="+", default=[])
     arguments = parser.parse_args()
     folder = ROOT / "runs" / "privacy" / arguments.name
     told: list[dict[str, Any]] = []
     try:
+        others = [read_beside(own) for own in arguments.beside]
         finish(arguments.config, arguments.overrides, folder)
         run = open_run(folder)
         cuts = parse_cuts(arguments.cut) or sweep_cuts(run.assembly().backbone.total_layers)
@@ -47,7 +88,9 @@ def main() -> None:
                 cuts=cuts,
                 noises=arguments.noise,
                 passes=arguments.passes,
+                pairs=arguments.pairs,
                 guards=[[part for part in own.split(",") if part] for own in arguments.guard],
+                wires=arguments.wire,
                 seed=seed,
             )
             told.append(found)
@@ -59,7 +102,7 @@ def main() -> None:
     command = shlex.join(["python", "-m", "benchmarks.audit", *sys.argv[1:]])
     content = {"command": command, "machine": machine(), "seeds": told}
     write_json(path, content)
-    draw_frontier(told[0], path.with_suffix(".png"))
+    draw_frontier(pooled(told), path.with_suffix(".png"), beside=others)
     print(f"wrote results/privacy/{path.name} and its plot")
 
 

@@ -21,6 +21,7 @@ def privacy_section(name: str, told: dict[str, Any]) -> Section:
     head = ["k, m", "noise", f"{seeds[0]['metric']}", "attack", "has", *SHOWN]
     rows: list[list[str]] = []
     before: tuple[Any, ...] = ()
+    several = len({own.get("pairs") for own in seeds[0]["settings"]}) > 1
     for place, found in enumerate(seeds[0]["settings"]):
         cut = found["cut"]
         worth = statistics.fmean(own["settings"][place]["worth"]["mean"] for own in seeds)
@@ -30,7 +31,13 @@ def privacy_section(name: str, told: dict[str, Any]) -> Section:
             over = [own["settings"][place]["audits"][number] for own in seeds]
             where_cut = f"{cut['input_layers']}, {cut['output_layers']}"
             rows.append(
-                [where_cut, _done_to_states(found), f"{worth:.4f}", audit["audit"], audit["knowledge"]]
+                [
+                    where_cut,
+                    _done_to_states(found, seeds[0].get("wire"), several),
+                    f"{worth:.4f}",
+                    audit["audit"],
+                    audit["knowledge"],
+                ]
                 + [_cell([own[metric] for own in over]) for metric in SHOWN]
             )
         before = (*before, *found["audits"])
@@ -46,11 +53,13 @@ def privacy_section(name: str, told: dict[str, Any]) -> Section:
     return Section(f"privacy-{name}", f"What a server reads: {name}", table(head, rows) + "\n\n" + note)
 
 
-def _done_to_states(found: dict[str, Any]) -> str:
+def _done_to_states(found: dict[str, Any], own_wire: str | None, several: bool) -> str:
     """Say what was done to states, and how many passes were looked at, if more than one."""
     added = f"{found['noise']:g}" if found["noise"] or not found.get("guard") else ""
+    wire = f"{found['wire']} on the wire" if found.get("wire") not in (None, own_wire) else ""
     passes = f"mean of {found['passes']} passes" if found.get("passes", 1) > 1 else ""
-    return ", ".join(part for part in (found.get("guard"), added, passes) if part)
+    pairs = f"{found['pairs']} pairs" if several else ""
+    return ", ".join(part for part in (found.get("guard"), added, wire, passes, pairs) if part)
 
 
 def _cell(seeds: list[dict[str, float] | None]) -> str:

@@ -53,6 +53,14 @@ def test_the_table_is_of_all_seeds() -> None:
     assert "`python -m benchmarks.audit c.yaml --name x`" in body
 
 
+def test_the_plot_is_of_all_seeds() -> None:
+    kept = audit.pooled([content(0.8), content(0.6)])
+    own = kept["settings"][0]["audits"][0]
+    assert own["item_f1"] == pytest.approx({"mean": 0.7, "low": 0.5, "high": 0.8})
+    assert own["rouge_l"] is None
+    assert kept["settings"][1]["worth"] == pytest.approx({"mean": 0.07, "users": 3, "low": 0.06, "high": 0.08})
+
+
 def test_what_was_done_to_states_is_in_the_row() -> None:
     guarded = content(0.8)
     guarded["settings"][0] |= {"guard": "metric noise η 4", "passes": 12}

@@ -12,6 +12,7 @@ import torch
 from pplr.config import StatePrivacyConfig
 from pplr.privacy.audits import Guess, inverter, label_gradients, make_audit
 from pplr.privacy.observing import Observation
+from pplr.privacy.shortlist import Shortlist
 from pplr.privacy.states import StateGuard
 from pplr.testing.audits import AuditContract, Scene
 
@@ -40,6 +41,17 @@ class TestNearestEmbedding(AuditContract):
     finds: ClassVar = {"causal_lm": 1.0, "lists": 1.0, "item_vectors": 1.0}
 
 
+class TestLogitLens(AuditContract):
+    """States that have been moved until they predict each next token, which an untrained model's do not."""
+
+    audit = "logit_lens"
+    levels = ("own",)
+    finds: ClassVar = {"causal_lm": 0.9, "lists": 0.9, "item_vectors": 0.7}  # all but the first
+
+    def seen(self, scene: Scene) -> list[Observation]:
+        return scene.foreseeing
+
+
 class TestVocabularyMatching(AuditContract):
     audit = "vocabulary_matching"
     finds: ClassVar = {"causal_lm": 1.0, "lists": 1.0, "item_vectors": 1.0}
@@ -57,6 +69,47 @@ class TestPairsBehindBlocks(AuditContract):
     cut = (2, 0)
     levels = ("pairs",)
     finds: ClassVar = {"causal_lm": 0.25, "lists": 0.25, "item_vectors": 0.25}
+
+
+class TestPairsRegression(AuditContract):
+    audit = "pairs_regression"
+    finds: ClassVar = {"item_vectors": 0.95}
+    levels = ("pairs",)
+
+
+class TestPairsRegressionBehindABlock(AuditContract):
+    audit = "pairs_regression"
+    cut = (1, 1)
+    finds: ClassVar = {"item_vectors": 0.4}
+    levels = ("pairs",)
+
+
+def test_more_pairs_tell_more_and_regression_needs_fewer_than_matching():
+    scene = Scene("item_vectors", (0, 1))
+
+    def found(name, pairs):
+        attacker = replace(scene.attacker("pairs"), pairs=pairs)
+        return scene.mean(make_audit(name).attack(scene.seen(), attacker), "token_recovery")
+
+    few, many = (found("pairs_regression", pairs) for pairs in (8, 256))
+    assert found("vocabulary_matching", 8) < few <= many
+    assert found("vocabulary_matching", 8) < found("vocabulary_matching", 256)
+
+
+def test_where_nothing_is_sure_the_whole_catalog_is_tried(monkeypatch):
+    """A shortlist that puts the right item last costs time and finds it all the same."""
+    monkeypatch.setattr("pplr.privacy.replica._TIERS", (2, 4))
+    monkeypatch.setattr("pplr.privacy.audits.vocabulary_matching._SHORT", 4)
+    ranked = Shortlist.of
+
+    def misled(self, states):
+        own = ranked(self, states)
+        return lambda position, candidates, count: own(position, candidates, len(candidates)).flip(0)[:count]
+
+    monkeypatch.setattr(Shortlist, "of", misled)
+    scene = Scene("item_vectors", (1, 1))
+    guesses = make_audit("vocabulary_matching").attack(scene.seen(), scene.attacker("own"))
+    assert scene.mean(guesses, "token_recovery") == 1.0
 
 
 class TestPosteriorMatching(AuditContract):
@@ -236,6 +289,28 @@ def test_noise_on_gradients_hides_the_target_and_many_passes_bring_it_back():
         seen = scene.seen(StateGuard(config, bytes(32), "client"), passes)
         found.append(scene.mean(make_audit("label_gradients").attack(seen, scene.attacker("own")), "target_hit@1"))
     assert found[0] < 0.5 < found[1]
+
+
+@pytest.mark.parametrize("name", ["causal_lm", "lists"])
+def test_clipping_each_tokens_gradient_hides_no_target_from_who_clips_candidates_too(name, monkeypatch):
+    best = []
+    ranked = label_gradients._cosines
+
+    def kept(candidates, seen, *places):
+        best.append(float(ranked(candidates, seen, *places).max()))
+        return ranked(candidates, seen, *places)
+
+    monkeypatch.setattr(label_gradients, "_cosines", kept)
+    scene = Scene(name, (0, 1))
+    guard = StateGuard(StatePrivacyConfig(gradient_clip_norm=1e-3), b"", "client")
+    seen = scene.seen(guard)
+    assert seen[0].gradient.norm(dim=-1).max() <= 1.001e-3
+    knowing = scene.mean(make_audit("label_gradients").attack(seen, scene.attacker("own", guard)), "target_hit@1")
+    assert knowing == 1.0
+    assert min(best) > 0.9999
+    best.clear()
+    make_audit("label_gradients").attack(seen, scene.attacker("own"))
+    assert min(best) < 0.99  # lengths that the clip has made alike, which this attacker does not
 
 
 @pytest.mark.parametrize("rows", [1, 3])

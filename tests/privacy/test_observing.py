@@ -64,6 +64,9 @@ def test_the_server_sees_what_the_client_sends_and_gets_back() -> None:
     torch.testing.assert_close(seen.gradient, entering.grad[0])
     doubled = observe(model, adapter, batch, lambda states: 2 * states)
     torch.testing.assert_close(doubled.states, 2 * seen.states)
+    halved = observe(model, adapter, batch, lambda states: states, back=lambda gradient: gradient / 2)
+    assert halved.gradient is not None
+    torch.testing.assert_close(halved.gradient, seen.gradient / 2)
 
 
 def test_of_words_that_a_batch_shares_the_server_sees_the_sum_of_the_gradients() -> None:

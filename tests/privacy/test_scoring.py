@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from scipy.stats import beta
 
 from pplr.backbones.item_vectors import ItemVectors
 from pplr.data.prompts import Sample
@@ -113,6 +114,44 @@ def test_the_verdict_is_of_the_runs_own_guard_and_of_the_most_passes() -> None:
     told = verdict(content | {"guard": "states clipped to 3", "settings": [bare, guarded, many]})
     assert "blocks and states clipped to 3, a server" in told
     assert "F1 of 0.80 (0.80 to 0.80; a, 12 passes)" in told
+
+
+def test_the_verdict_goes_by_the_upper_end_of_the_interval() -> None:
+    content = _content(0.09, guess=0.05)
+    content["settings"][1]["audits"][0]["item_f1"] = {"mean": 0.09, "low": 0.0, "high": 0.3, "users": 4}
+    told = verdict(content)
+    assert "partly known" in told
+    assert "0.00 to 0.30 over 4 users" in told
+
+
+def test_of_another_noise_guard_or_wire_format_the_verdict_claims_nothing_of_the_run() -> None:
+    for changed in ({"noise": 2.0}, {"guard": "metric noise η 4"}, {"wire": "int8"}):
+        content = _content(0.12) | {"wire": "exact"}
+        content["settings"] = [content["settings"][1] | {"wire": "exact"} | changed]
+        told = verdict(content)
+        assert told.startswith("Not of this run as it is")
+        assert "found little" not in told
+        said = {"noise": "noise of 2 times the states' size", "guard": "metric noise η 4", "wire": "int8 on the wire"}
+        assert said[next(iter(changed))] in told
+
+
+def test_the_verdict_tells_what_recommendations_are_worth_and_which_attacks_were_not_tried() -> None:
+    content = _content(0.12) | {"metric": "ndcg@10"}
+    content["settings"][1]["worth"] = {"mean": 0.0556, "users": 200}
+    missing = [{"audit": name, "knowledge": "own"} for name in ("inverter", "logit_lens")]
+    told = verdict(content | {"not_tried": missing})
+    assert "and NDCG@10 of 0.0556, a server" in told
+    assert told.endswith("this server could also try, with the client's adapter: inverter, logit_lens.")
+
+
+@pytest.mark.parametrize("hits", [0, 5, 8])
+def test_shares_of_users_have_clopper_and_pearsons_interval_and_all_tell_their_number(hits: int) -> None:
+    rows = [dict.fromkeys(METRICS, None) | {"target_hit@1": float(user < hits)} for user in range(8)]
+    own = interval(rows)["target_hit@1"]
+    assert own is not None
+    assert own["users"] == 8
+    assert own["low"] == pytest.approx(0.0 if hits == 0 else beta.ppf(0.025, hits, 9 - hits))
+    assert own["high"] == pytest.approx(1.0 if hits == 8 else beta.ppf(0.975, hits + 1, 8 - hits))
 
 
 def test_what_stays_at_home_no_server_has() -> None:

@@ -147,6 +147,7 @@ def test_what_is_promised_is_told_in_figures_and_nothing_where_nothing_is():
     }
     assert told["epsilon"]["gradients"] == {"state": None, "pass": None}
     assert "second cut: no ε" in told["summary"]
+    assert "the factor by which training.clip_norm scales each step" in told["note"]
     bounded = StatePrivacyConfig(clip_norm=2.0, noise="metric", eta=3.0)
     assert told_of_states(bounded, {"state": 1, "pass": 4})["epsilon"]["states"] == {"state": 12.0, "pass": 48.0}
     assert "3 times the distance" in told_of_states(METRIC, {"state": 1})["summary"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from pplr.apps.auditing import frontier, read_beside
 from pplr.apps.cli import app
 from pplr.errors import ConfigError, RunError
 from pplr.privacy.audits import AUDITS, inverter
@@ -55,6 +56,7 @@ def test_a_bare_cut_is_read_and_the_file_says_so(item_run: Run, monkeypatch: pyt
     assert noisy < 0.5
     assert content["settings"][1]["worth"]["users"] > 0
     assert content["baseline"]["item_f1"]["mean"] < 1.0
+    assert content["not_tried"] == []
     assert "server" in content["verdict"]
 
 
@@ -99,6 +101,28 @@ def test_a_guarded_run_is_attacked_behind_its_guard_and_passes_add_up(item_run: 
         AuditSettings(passes=(0,))
 
 
+def test_noise_brings_the_attack_that_knows_it_and_every_wire_format_is_a_setting(item_run: Run) -> None:
+    settings = make_settings(knowledge=["own"], users=3, noises=[0.0, 1.0], wires=["exact", "int8"])
+    content = audit_run(item_run, settings)
+    places = [(found["noise"], found["wire"]) for found in content["settings"]]
+    assert places == [(0.0, "exact"), (0.0, "int8"), (1.0, "exact"), (1.0, "int8")]
+    for found in content["settings"]:
+        names = {own["audit"] for own in found["audits"]}
+        assert ("posterior_matching" in names) == (found["noise"] > 0)
+        assert "inverter" not in names
+    assert content["not_tried"] == [{"audit": "inverter", "knowledge": "own"}]
+    bare, rounded = (found["worth"] for found in content["settings"][:2])
+    assert {"low", "high", "users"} <= bare.keys() & rounded.keys()
+
+
+def test_what_the_run_was_worth_has_an_interval_from_its_own_test(item_run: Run) -> None:
+    settings = make_settings(knowledge=["own"], attacks=["nearest_embedding"], users=3)
+    (found,) = audit_run(item_run, settings)["settings"]
+    assert found["worth"]["mean"] == item_run.metrics["overall"]["ndcg@3"]
+    assert found["worth"]["low"] <= found["worth"]["mean"] <= found["worth"]["high"]
+    assert "NDCG@3" in json.loads((item_run.folder / "audit.json").read_text())["verdict"]
+
+
 def test_the_same_seed_gives_the_same_figures(item_run: Run) -> None:
     settings = AuditSettings(users=3, attacks=("nearest_embedding",), noises=(1.0,), seed=5)
     one, other = (audit_run(item_run, settings) for _ in range(2))
@@ -126,7 +150,7 @@ def test_what_cannot_be_audited_is_refused(item_run: Run, tmp_path: Path) -> Non
     with refuses(ConfigError, "no knowledge is called 'all'"):
         make_settings(knowledge=["all"])
     with refuses(ConfigError, "no wire format is called 'int4'"):
-        make_settings(wire="int4")
+        make_settings(wires=["int4"])
     (tmp_path / "config.yaml").write_text(item_run.config.to_yaml())
     with refuses(RunError, "not finished"):
         audit_run(open_run(tmp_path))
@@ -141,4 +165,21 @@ def test_the_command_prints_tables_and_ends_with_the_verdict(item_run: Run) -> N
     assert " ".join(result.stdout.split()).endswith(" ".join(content["verdict"].split()))
     assert {(own["cut"]["input_layers"], own["noise"]) for own in content["settings"]} >= {(0, 0.0), (1, 2.0), (2, 0.0)}
     assert (item_run.folder / "audit.png").read_bytes().startswith(b"\x89PNG")
+    assert {own["wire"] for own in content["settings"]} == {item_run.config.runtime.wire, "int8"}
     assert CliRunner().invoke(app, [*arguments, "--cut", "1"]).exit_code == 1
+
+
+def test_another_run_stands_on_the_same_plot(item_run: Run, tmp_path: Path) -> None:
+    arguments = ["audit", str(item_run.folder), "--users", "3", "--attack", "nearest_embedding", "--has", "own"]
+    (tmp_path / "private").mkdir()
+    result = CliRunner().invoke(app, [*arguments, "--beside", str(tmp_path / "private")])
+    assert "was not audited" in result.output
+    audit_run(item_run, make_settings(attacks=["nearest_embedding"], users=3))
+    other = json.loads((item_run.folder / "audit.json").read_text())
+    (tmp_path / "private" / "audit.json").write_text(json.dumps(other))
+    (tmp_path / "private" / "metrics.json").write_text(json.dumps({"privacy": {"epsilon": {"0": 1.5, "1": 2.878}}}))
+    result = CliRunner().invoke(app, [*arguments, "--beside", str(tmp_path / "private")])
+    assert result.exit_code == 0, result.output
+    (axes,) = frontier(other, beside=[read_beside(tmp_path / "private")]).axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "private, users' ε 2.88" in labels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -103,14 +104,19 @@ def test_what_is_promised_is_announced_and_told_with_figures(tmp_path, small_con
     run = train(small_config(*GAUSSIAN, "training.local_epochs=2"), tmp_path / "run", backbone=backbone, progress=notes)
     told = run.metrics["states"]
     assembly = run.assembly()
-    lengths = {}
+    lengths, ranked = {}, Counter()
     for samples in assembly.data.samples.values():
         for sample in samples:
             (encoded,) = assembly.encode([sample])
             lengths.setdefault(sample.user, []).append(backbone.length(encoded))
     assert told["vectors"]["pass"] == max(max(own) for own in lengths.values())
-    ranked = 512 + 2 * 2 * 8
-    assert told["vectors"]["run"] == max(4 * sum(own) + 3 * ranked for own in lengths.values())
+    longest = 512 + 2 * 8 + 3 * 8 + len(backbone.text_tokens(""))
+    for name in assembly.trainers:
+        validation = assembly.validation_samples(name)  # of which the loss is measured, in two rounds
+        for sample, encoded in zip(validation, assembly.encode(validation), strict=True):
+            ranked[sample.user] += 2 * backbone.length(encoded)
+        ranked.update({case.user: longest for case in assembly.data.test[name]})
+    assert told["vectors"]["run"] == max(4 * sum(lengths.get(user, [])) + ranked[user] for user in range(24))
     assert told["epsilon"]["states"]["pass"] == gaussian_epsilon(told["vectors"]["pass"], 0.1, 1e-5)
     assert told["summary"] in notes.notes[0]
     shown = "\n".join(line.plain for line in result_table(run.metrics))

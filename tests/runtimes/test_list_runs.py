@@ -71,19 +71,24 @@ def test_of_a_guarded_run_the_states_of_every_part_of_a_list_are_counted(config,
     settings = (*settings, "evaluation.max_new_tokens=1")  # fewer than a title's, which the trie does not heed
     assembly = Assembly(config(*settings, "privacy.states.clip_norm=1"), Silent())
     own = assembly.config
-    most = 0
-    for name in assembly.trainers:
-        client, states = assembly.federated_client(name), Counter[int]()
-        for owner, encoded in zip(client._owners, client.encoded, strict=True):
-            states[owner] += assembly.backbone.length(encoded)
-        most = max(most, *states.values())
     written = own.evaluation.max_new_tokens
+    again = len(assembly.backbone.text_tokens("")) + 3 * written  # type: ignore[attr-defined]
     if grounding == "trie":
-        written = 2 + max(len(assembly.backbone.titles.tokens(title)) for title in assembly.data.dataset.catalog.titles)  # type: ignore[attr-defined]
-    ranked = 225 + 2 * own.evaluation.beams * written
-    rounds = own.federation.rounds
-    counted = guarded_run(assembly)["vectors"]["run"]
-    assert counted == own.training.local_epochs * rounds * most + (rounds + 1) * ranked
+        again, written = (
+            0,
+            2 + max(len(assembly.backbone.titles.tokens(title)) for title in assembly.data.dataset.catalog.titles),
+        )  # type: ignore[attr-defined]
+    ranked = 225 + own.evaluation.beams * written + again
+    rounds, states = own.federation.rounds, Counter[int]()
+    for name in assembly.trainers:
+        client = assembly.federated_client(name)
+        for owner, encoded in zip(client._owners, client.encoded, strict=True):
+            states[owner] += own.training.local_epochs * rounds * assembly.backbone.length(encoded)
+        validation = assembly.validation_samples(name)
+        for sample, encoded in zip(validation, assembly.encode(validation), strict=True):
+            states[sample.user] += rounds * assembly.backbone.length(encoded)
+        states.update({case.user: ranked for case in assembly.data.test[name]})
+    assert guarded_run(assembly)["vectors"]["run"] == max(states.values())
 
 
 def test_the_audit_reads_lists(run: Run) -> None:

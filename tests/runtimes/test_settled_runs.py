@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -88,7 +89,7 @@ def test_a_settled_history_crosses_as_the_same_bytes_however_it_is_batched(tmp_p
     cases = len(once.assembly().data.validation["0"])
     kinds = {row.numpy().tobytes() for rows in sent["0"] for row in rows}
     crossings = sum(len(rows) for rows in sent["0"])
-    assert fresh == samples + cases
+    assert fresh == samples + cases  # before it settles
     assert crossings == 3 * (2 * samples + cases)
     assert len(kinds) <= 2 * samples + cases + samples + cases
 
@@ -106,7 +107,9 @@ def test_equal_histories_of_two_users_have_two_noises_and_nobodys_has_a_new_one_
     alone = model._settled(replace(parts.backbone.pad([(1, 2, 3)]), owners=torch.tensor([-1])))
     assert not torch.equal(alone[0], rows[3])
     longer = model._settled(replace(parts.backbone.pad([(1, 2, 3, 4)]), owners=torch.tensor([4])))
-    assert (longer[0, :3] - rows[0]).abs().min() > 0
+    assert torch.equal(longer[0, :3], rows[0])
+    other = model._settled(replace(parts.backbone.pad([(5, 2, 3, 4)]), owners=torch.tensor([4])))
+    assert (longer[0] - other[0]).abs().min() > 0
     parts.close()
 
 
@@ -114,19 +117,21 @@ def test_what_crosses_again_is_counted_once(tmp_path, config):  # noqa: F811
     settings = (*GAUSSIAN, "federation.rounds=3", "training.local_epochs=2")
     run = train(config(*settings), tmp_path / "run")
     told, assembly = run.metrics["states"], run.assembly()
-    lengths = {}
+    lengths, ranked = {}, Counter()
     for name in assembly.trainers:
         for sample in assembly.samples(name):
             (encoded,) = assembly.encode([sample])
             lengths.setdefault(sample.user, []).append(assembly.backbone.length(encoded))
-    assert told["vectors"]["run"] == max((2 + 1) * sum(own) + 3 * 7 for own in lengths.values())
+        ranked.update({case.user: 2 * len(case.history) for case in assembly.data.validation[name]})
+        ranked.update({case.user: len(case.history) for case in assembly.data.test[name]})
+    assert told["vectors"]["run"] == max((2 + 1) * sum(own) + ranked[user] for user, own in lengths.items())
     assert told["epsilon"]["states"]["run"] == gaussian_epsilon(told["vectors"]["run"], 0.1, 1e-5)
     assert "the same for the same history after round 1" in told["summary"]
 
 
 def test_an_audit_sees_no_more_in_many_passes_than_differ(tmp_path, config):  # noqa: F811
     run = train(config(*BOTH), tmp_path / "run")
-    settings = make_settings(attacks=["posterior_matching"], knowledge=["own"], users=4, passes=[2, 12], guards=[])
+    settings = make_settings(attacks=["posterior_matching"], knowledge=["own"], users=4, passes=[9, 12], guards=[])
     told = audit_run(open_run(run.folder), settings)
     first, last = (found["audits"][0]["item_f1"] for found in told["settings"])
     assert first == last

@@ -273,11 +273,12 @@ def audit(
     run_dir: RunDir,
     users: Annotated[int, typer.Option(min=2, help="Users whose passes are attacked.")] = 20,
     only: Annotated[
-        list[str] | None, typer.Option("--attack", help="Only this attack; else all but inverter. Repeatable.")
+        list[str] | None,
+        typer.Option("--attack", help="Only this attack; else all but those that take long. Repeatable."),
     ] = None,
     has: Annotated[
         list[str] | None,
-        typer.Option(help="Only attackers who have this: own, exchanged, mixed, base or pairs. Repeatable."),
+        typer.Option(help="Only attackers who have this: own, exchanged, mixed, base, pairs or catalog. Repeatable."),
     ] = None,
     cut: Annotated[
         list[str] | None, typer.Option(metavar="K,M", help="Another cut than the run's own. Repeatable.")
@@ -290,19 +291,29 @@ def audit(
         list[int] | None,
         typer.Option(min=1, help="How often a pass crosses with new noise; attackers see the mean. Repeatable."),
     ] = None,
+    pairs: Annotated[
+        list[int] | None,
+        typer.Option(min=2, help="Public passes whose states an attacker with pairs has; else 256. Repeatable."),
+    ] = None,
     guard: Annotated[
         list[str] | None,
         typer.Option(metavar="FIELD=VALUE,...", help="As if the run had these settings of privacy.states. Repeatable."),
     ] = None,
-    wire: Annotated[str | None, typer.Option(help="How states travel: exact, float32, bfloat16 or int8.")] = None,
-    sweep: Annotated[bool, typer.Option("--sweep", help="Several cuts and noises, and a plot.")] = False,
+    wire: Annotated[
+        list[str] | None, typer.Option(help="How states travel: exact, float32, bfloat16 or int8. Repeatable.")
+    ] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Several cuts, noises and wire formats, and a plot.")] = False,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="RUN_DIR", help="An audited run for the same plot, such as a private one. Repeatable."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws of users, public text and noise.")] = 0,
 ) -> None:
     """Attack what a finished run's server sees, and say in figures what it can read of a user."""
     from pplr.apps import auditing
     from pplr.apps.terminal import Screen, TerminalProgress
 
-    screen = Screen()
+    screen, others = Screen(), [auditing.read_beside(own) for own in beside or ()]
     with screen.busy("loading libraries"):
         from pplr.runtimes.run import open_run
     with closing(open_run(run_dir)) as run:
@@ -311,6 +322,7 @@ def audit(
         if sweep and not cuts:
             cuts = auditing.sweep_cuts(run.assembly(progress).backbone.total_layers)
         noises = noise or (auditing.SWEPT_NOISES if sweep else (0.0,))
+        wires = wire or (dict.fromkeys((run.config.runtime.wire, auditing.SWEPT_WIRE)) if sweep else ())
         content = run.audit(
             attacks=only or (),
             knowledge=has or (),
@@ -318,8 +330,9 @@ def audit(
             cuts=cuts,
             noises=noises,
             passes=passes or (1,),
+            pairs=pairs or (256,),
             guards=[own.split(",") for own in guard or ()],
-            wire=wire,
+            wires=tuple(wires),
             seed=seed,
             progress=progress,
         )
@@ -329,8 +342,8 @@ def audit(
         screen.table(table)
     screen.line()
     screen.line(f"written: {run_dir / 'audit.json'}")
-    if sweep:
-        auditing.draw_frontier(content, run_dir / "audit.png")
+    if sweep or others:
+        auditing.draw_frontier(content, run_dir / "audit.png", beside=others)
         screen.line(f"drawn: {run_dir / 'audit.png'}")
     screen.line()
     screen.line(content["verdict"])

@@ -71,11 +71,17 @@ class Spy:
 
     Args:
         transport: The real way to the middle stage.
-        through: What becomes of states and gradients on their way, such as noise or a rounding wire format.
+        through: What becomes of states on their way, such as noise or a rounding wire format.
+        back: What becomes of gradients on theirs.
     """
 
-    def __init__(self, transport: Transport, through: Callable[[Tensor], Tensor] = lambda states: states) -> None:
-        self._transport, self._through = transport, through
+    def __init__(
+        self,
+        transport: Transport,
+        through: Callable[[Tensor], Tensor] = lambda states: states,
+        back: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+    ) -> None:
+        self._transport, self._through, self._back = transport, through, back
         self.states: Tensor | None = None
         self.returned: Tensor | None = None
         self.gradient: Tensor | None = None
@@ -94,9 +100,9 @@ class Spy:
         return self._transport.decode(self._through(hidden_states), call, cache)
 
     def backward(self, step: int, grad_hidden_states: Tensor, lengths: Tensor) -> Tensor | None:
-        """Send a gradient back: (B, T, D) -> (B, T, D), if that pass wants one."""
-        self.gradient = grad_hidden_states
-        return self._transport.backward(step, grad_hidden_states, lengths)
+        """Send a gradient back, and use it as it arrives: (B, T, D) -> (B, T, D), if that pass wants one."""
+        self.gradient = self._back(grad_hidden_states)
+        return self._transport.backward(step, self.gradient, lengths)
 
 
 def observe(
@@ -107,6 +113,7 @@ def observe(
     guard: Guard | None = None,
     passes: int = 1,
     shared: int = 0,
+    back: Callable[[Tensor], Tensor] = lambda gradient: gradient,
 ) -> Observation:
     """Run one user's training pass, without dropout, and keep what the server sees: the mean of several, if asked.
 
@@ -118,13 +125,14 @@ def observe(
         guard: What the client does to what it sends.
         passes: How often the pass crosses, each time with new noise.
         shared: As many tokens cross once for all rows, so that their gradient is the sum over the batch.
+        back: What becomes of the gradient on its way.
     """
     name = "audit"
     client: ClientModel = model.client(name, adapter, guard)
     try:
         if client.transport is None:
             raise ConfigError("the model is not cut, so a server sees nothing", cure="Set cut, or give --input-layers.")
-        spy = Spy(client.transport, through)
+        spy = Spy(client.transport, through, back)
         client.transport = spy
         seen = [_observe_once(client, spy, batch, shared) for _ in range(passes)]
     finally:

@@ -22,7 +22,7 @@ __all__ = ["Replica"]
 
 _ROWS = 512
 """Candidates that run at once."""
-_TIERS = (16, 128)
+_TIERS = (16, 128, 512)
 """How many of the most promising candidates run first, and then."""
 _SURE = 0.01
 """The distance, as a share of the state's length, at which no further candidates run: about what rounding leaves."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 from torch import Tensor
 
 from pplr.backbones.base import Backbone
@@ -19,7 +20,7 @@ from pplr.privacy.audits.base import Guess
 from pplr.privacy.observing import Secret
 from pplr.seeds import generator
 
-__all__ = ["METRICS", "Reader", "baseline", "interval", "resampled", "rouge_l", "score"]
+__all__ = ["METRICS", "Reader", "baseline", "exact", "interval", "resampled", "rouge_l", "score"]
 
 METRICS = (
     "token_recovery",
@@ -32,6 +33,8 @@ METRICS = (
 )
 """What is measured of each user; a metric that an attack says nothing of is ``None``."""
 
+_BINARY = ("target_hit@1", "target_hit@10")
+"""Metrics that are 0 or 1 for each user, whose intervals are exact."""
 _RESAMPLES = 2_000
 _CLOSE = 0.75
 _QUOTED = re.compile(r'"([^"\n]*)"')
@@ -187,10 +190,16 @@ def baseline(secret: Secret, popularity: Tensor, reader: Reader) -> dict[str, fl
 
 
 def interval(rows: Sequence[Mapping[str, float | None]], seed: int = 0) -> dict[str, dict[str, float] | None]:
-    """Average each metric over users, with a 95 % interval by resampling users.
+    """Average each metric over users, with a 95 % interval.
+
+    A share of users has Clopper and Pearson's interval: resampling a few users who are all hit says they all would be.
+    Other metrics are resampled over users, which is too narrow too where users are few; so their number is told.
 
     Returns:
-        ``mean``, ``low`` and ``high`` of each metric; ``None`` where no user has it.
+        ``mean``, ``low``, ``high`` and ``users`` of each metric; ``None`` where no user has it.
+
+    Cites:
+        clopper1934fiducial
     """
     told: dict[str, dict[str, float] | None] = {}
     for metric in METRICS:
@@ -198,8 +207,22 @@ def interval(rows: Sequence[Mapping[str, float | None]], seed: int = 0) -> dict[
         if not known:
             told[metric] = None
             continue
-        told[metric] = resampled(np.array(known), generator(seed, "audit", metric))
+        values = np.array(known)
+        own = exact(values) if metric in _BINARY else resampled(values, generator(seed, "audit", metric))
+        told[metric] = {**own, "users": len(known)}
     return told
+
+
+def exact(values: NDArray[np.float64]) -> dict[str, float]:
+    """Average values that are 0 or 1, with Clopper and Pearson's 95 % interval: ``mean``, ``low`` and ``high``.
+
+    Example:
+        >>> round(exact(np.ones(8))["low"], 4)
+        0.6306
+    """
+    hits, count = int(values.sum()), len(values)
+    bounds = binomtest(hits, count).proportion_ci(0.95, method="exact")
+    return {"mean": float(values.mean()), "low": float(bounds.low), "high": float(bounds.high)}
 
 
 def resampled(values: NDArray[np.float64], draw: np.random.Generator) -> dict[str, float]:

@@ -44,8 +44,7 @@ class Shortlist:
         distances = self._sizes - 2 * expected @ self._table.t()  # (T, V), squared and up to a constant of each state
 
         def ranked(position: int, candidates: Tensor, count: int) -> Tensor:
-            if len(candidates) <= count:
-                return candidates
+            count = min(count, len(candidates))
             return candidates[distances[position, candidates].topk(count, largest=False).indices]
 
         return ranked

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pplr.config import StatePrivacyConfig
@@ -44,8 +46,9 @@ class StateGuard:
     again, as after a kill, sends the same bytes; vectors that differ in one bit get other noise; and the same vectors
     in another pass do too, so that equal noise never shows that two histories are equal.
 
-    Where the input stage has settled, noise is the same for the same vectors of the same user in every pass: what
-    crosses again tells nothing new. The key still holds the vectors. Were it made of the items instead, an input stage
+    Where the input stage has settled, the noise of a vector follows from it and from those before it, for the same
+    user in every pass: a history that crosses again, or an item longer, tells nothing new as far as it is the same.
+    The key still holds the vectors. Were it made of the items instead, an input stage
     that moves would send two different states with one noise, and their difference has none.
 
     Args:
@@ -75,7 +78,7 @@ class StateGuard:
 
     @contextmanager
     def repeating(self, owner: int) -> Iterator[None]:
-        """Draw the same noise for the same vectors of one user, whatever they are sent for and however often."""
+        """Draw the same noise for a user's vector behind the same ones, whatever it is sent for and however often."""
         self._owner = owner
         try:
             yield
@@ -93,12 +96,9 @@ class StateGuard:
             return self.clip(hidden_states) if config.clip_norm is not None else hidden_states
         real = _real(hidden_states, lengths)
         kept = clipped(hidden_states, config.clip_norm)
-        coins = self._coins("states", kept[real])
-        rows, width = int(real.sum()), hidden_states.shape[-1]
-        if config.noise == "gaussian":
-            drawn = coins.gaussian((rows, width)) * ((config.noise_multiplier or 0.0) * (config.clip_norm or 0.0))
-        else:
-            drawn = coins.exponential(rows, width, config.eta or math.inf)
+        drawn = np.concatenate(
+            [self._drawn(coins, rows, kept.shape[-1]) for coins, rows in self._coins("states", kept[real])]
+        )
         noise = torch.zeros(hidden_states.shape, dtype=torch.float64)
         noise[real.cpu()] = torch.from_numpy(drawn)
         return (kept.double() + noise.to(kept.device)).to(hidden_states.dtype)
@@ -109,7 +109,8 @@ class StateGuard:
         noise = torch.zeros(mean.shape, dtype=torch.float64)
         if self.config.noise == "learned" and not public:
             real = _real(mean, lengths)
-            drawn = self._coins("codes", mean[real]).gaussian((int(real.sum()), mean.shape[-1]))
+            coins = self._coins("codes", mean[real])
+            drawn = np.concatenate([own.gaussian((rows, mean.shape[-1])) for own, rows in coins])
             noise[real.cpu()] = torch.from_numpy(drawn)
         return noise.to(mean.device, mean.dtype)
 
@@ -122,20 +123,38 @@ class StateGuard:
         real = _real(gradient, lengths)
         kept = clipped(gradient.float() / scale, config.gradient_clip_norm).double()
         if config.gradient_noise_multiplier is not None:
-            drawn = self._coins("gradient", kept[real]).gaussian((int(real.sum()), gradient.shape[-1]))
+            coins = self._coins("gradient", kept[real])
+            drawn = np.concatenate([own.gaussian((rows, gradient.shape[-1])) for own, rows in coins])
             drawn *= config.gradient_noise_multiplier * config.gradient_clip_norm
             kept[real] += torch.from_numpy(drawn).to(kept.device)
         return (kept * scale).to(gradient.dtype)
 
-    def _coins(self, kind: str, vectors: Tensor) -> SecretCoins:
-        """Make the coins of one pass: of the secret, the pass, and what they are to hide."""
-        content = hashlib.sha256(vectors.detach().cpu().contiguous().numpy().tobytes()).digest()
-        if self._owner is not None:
-            which = ["again", str(self._owner)]
-        else:
+    def _drawn(self, coins: SecretCoins, rows: int, width: int) -> NDArray[np.float64]:
+        """Draw the noise of some states: (rows, width)."""
+        config = self.config
+        if config.noise == "gaussian":
+            return coins.gaussian((rows, width)) * ((config.noise_multiplier or 0.0) * (config.clip_norm or 0.0))
+        return coins.exponential(rows, width, config.eta or math.inf)
+
+    def _coins(self, kind: str, vectors: Tensor) -> Iterator[tuple[SecretCoins, int]]:
+        """Make coins of the secret, the pass, and what they are to hide, each for so many of the vectors (M, D).
+
+        Of a pass there is one for all vectors; where noise repeats there is one for each, of it and those before it.
+        """
+        told = vectors.detach().cpu().contiguous().numpy()
+        if self._owner is None:
             which = [self._context, self._occasion, str(self._passes[kind])]
             self._passes[kind] += 1
-        what = "\x1f".join([kind, *which, str(tuple(vectors.shape)), ""])
+            yield self._made(kind, which, told.shape, hashlib.sha256(told.tobytes()).digest()), len(told)
+            return
+        content = hashlib.sha256()
+        for place, vector in enumerate(told):
+            content.update(vector.tobytes())
+            shape = (place + 1, *told.shape[1:])
+            yield self._made(kind, ["again", str(self._owner)], shape, content.copy().digest()), 1
+
+    def _made(self, kind: str, which: Sequence[str], shape: tuple[int, ...], content: bytes) -> SecretCoins:
+        what = "\x1f".join([kind, *which, str(tuple(shape)), ""])
         return SecretCoins(derived(self._secret, "states", what, content))
 
 
@@ -207,7 +226,8 @@ def told_of_states(
         "summary": _summary(config, {"states": counts, "gradients": gradient_counts}, epsilon),
         "note": (
             "ε is of what one user's own states and gradients tell, whatever they are, to whoever knows the adapters. "
-            "It does not cover lengths and times, nor what adapters tell."
+            "It does not cover lengths, times and the number of steps, nor the factor by which training.clip_norm "
+            "scales each step, which follows from the gradients and is sent to the server, nor what adapters tell."
         ),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-__all__ = ["is_within_reach", "share_found", "strongest", "verdict"]
+__all__ = ["is_within_reach", "own_settings", "share_found", "strongest", "verdict"]
 
 _MOST, _SOME = 0.5, 0.1
 _HAS = {
@@ -30,8 +30,22 @@ def is_within_reach(knowledge: str, levels: Collection[str]) -> bool:
     return not (knowledge == "own" and "exchanged" in levels)
 
 
+def own_settings(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Choose the settings at the run's own cut, guard and wire format, with nothing added.
+
+    Args:
+        content: Of ``audit.json``.
+    """
+    own = (content["cut"], 0, content.get("guard"), content.get("wire"))
+    return [
+        found
+        for found in content["settings"]
+        if (found["cut"], found["noise"], found.get("guard"), found.get("wire", own[3])) == own
+    ]
+
+
 def strongest(content: Mapping[str, Any], metric: str = "item_f1") -> dict[str, Any] | None:
-    """Find the attack that found most at the run's own cut and guard without added noise, else at the first setting.
+    """Find the attack that found most of the run as it is, else at the first setting.
 
     Args:
         content: Of ``audit.json``.
@@ -40,15 +54,9 @@ def strongest(content: Mapping[str, Any], metric: str = "item_f1") -> dict[str, 
     Returns:
         The attack's entry, with its setting as ``at``; ``None`` where no attack says anything of the metric.
     """
-    settings = content["settings"]
-    own = [
-        found
-        for found in settings
-        if (found["cut"], found["noise"], found.get("guard")) == (content["cut"], 0, content.get("guard"))
-    ]
     told = [
         {**audit, "at": found}
-        for found in own or settings[:1]
+        for found in own_settings(content) or content["settings"][:1]
         for audit in found["audits"]
         if audit.get(metric) and is_within_reach(audit["knowledge"], {each["knowledge"] for each in found["audits"]})
     ]
@@ -63,6 +71,9 @@ def share_found(found: float, guessed: float) -> float:
 def verdict(content: Mapping[str, Any]) -> str:
     """Say what the server can read, beside what anyone could guess, and what to do.
 
+    What to do follows from the upper end of the interval: with few users much more than the mean may be read. Where
+    nothing was audited as the run is, the sentence says so and claims nothing of the run.
+
     Args:
         content: Of ``audit.json``.
     """
@@ -73,16 +84,40 @@ def verdict(content: Mapping[str, Any]) -> str:
     ]
     if not told:
         return "No attack that was run says which items a server reads: run more of them before trusting this cut."
-    cut = told[0][1]["at"]["cut"]
-    where = f"k = {cut['input_layers']} and m = {cut['output_layers']} of {cut['total_layers']} blocks"
-    guard = told[0][1]["at"].get("guard")
-    figures = f"With {where}{f' and {guard}' if guard else ''}, " + ", and ".join(_told(*own) for own in told)
-    share = max(share_found(found[metric]["mean"], guess["mean"]) for metric, found, guess in told)
+    at = told[0][1]["at"]
+    figures = f"With {_where(at, content)}, " + ", and ".join(_told(*own) for own in told)
+    if not own_settings(content):
+        return (
+            f"Not of this run as it is, but as it would be: {figures[0].lower()}{figures[1:]}. Audit its own cut and "
+            "guard, with no noise added, before trusting it."
+        )
+    share = max(share_found(found[metric]["high"], guess["mean"]) for metric, found, guess in told)
     if share >= _MOST:
         return f"{figures}: whoever must not read the histories must not run this server."
     if share >= _SOME:
         return f"{figures}: count the histories as partly known to whoever runs this server."
-    return f"{figures}: these attacks found little, which does not show that others would not."
+    return f"{figures}: these attacks found little, which does not show that others would not{_not_tried(content)}."
+
+
+def _where(at: Mapping[str, Any], content: Mapping[str, Any]) -> str:
+    """Say at which setting, and what recommendations are worth there."""
+    cut, wire = at["cut"], at.get("wire")
+    parts = [f"k = {cut['input_layers']} and m = {cut['output_layers']} of {cut['total_layers']} blocks"]
+    parts += [at["guard"]] if at.get("guard") else []
+    parts += [f"noise of {at['noise']:g} times the states' size"] if at["noise"] else []
+    parts += [f"{wire} on the wire"] if wire is not None and wire != content.get("wire") else []
+    worth = (at.get("worth") or {}).get("mean")
+    parts += [f"{content['metric'].upper()} of {worth:.4f}"] if worth is not None else []
+    return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
+
+
+def _not_tried(content: Mapping[str, Any]) -> str:
+    """Name the attacks that were not run with what this server has."""
+    levels: dict[str, list[str]] = {}
+    for own in content.get("not_tried", ()):
+        levels.setdefault(own["knowledge"], []).append(own["audit"])
+    told = "; ".join(f"with {_HAS[level]}: {', '.join(names)}" for level, names in levels.items())
+    return f"; this server could also try, {told}" if told else ""
 
 
 def _told(metric: str, found: Mapping[str, Any], guess: Mapping[str, float]) -> str:
@@ -93,7 +128,9 @@ def _told(metric: str, found: Mapping[str, Any], guess: Mapping[str, float]) -> 
         "target_hit@1": "finds the item that a training pass predicts for {mean:.2f} of the users",
     }[metric].format(**own)
     passes = found["at"].get("passes", 1)
-    by = f"{own['low']:.2f} to {own['high']:.2f}; {found['audit']}{f', {passes} passes' if passes > 1 else ''}"
+    by = f"{own['low']:.2f} to {own['high']:.2f}"
+    by += f" over {own['users']} users" if "users" in own else ""
+    by += f"; {found['audit']}" + (f", {passes} passes" if passes > 1 else "")
     return (
         f"a server that has {_HAS[found['knowledge']]} {what} ({by}), where popularity alone gives {guess['mean']:.2f}"
     )

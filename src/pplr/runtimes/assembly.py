@@ -395,10 +395,15 @@ class Assembly:
         drawn = [own for client, every in self.data.samples.items() if name in (POOLED, client) for own in every]
         return self.backbone.divide(drawn, self.data.dataset.catalog)
 
-    def _cases(self, name: str) -> Sequence[Case]:
+    def validation_cases(self, name: str) -> Sequence[Case]:
+        """Return the validation cases of one who trains."""
         if name == POOLED:
             return [case for own in self.data.validation.values() for case in own]
         return self.data.validation[name]
+
+    def validation_samples(self, name: str) -> list[Sample]:
+        """Make a sample of each target of the validation cases of one who trains, for measuring the loss."""
+        return [Sample(c.user, c.history, target) for c in self.validation_cases(name) for target in c.targets]
 
     def encode(self, samples: Sequence[Sample]) -> list[Any]:
         """Encode samples as training does."""
@@ -406,9 +411,9 @@ class Assembly:
 
     def _validation(self, name: str) -> Validate:
         """Make the function that measures a client: the loss on its validation targets, or rankings."""
-        cases = self._cases(name)
+        cases = self.validation_cases(name)
         if self.config.evaluation.validation_metric == "loss":
-            encoded = self.encode([Sample(c.user, c.history, target) for c in cases for target in c.targets])
+            encoded = self.encode(self.validation_samples(name))
             size = self.config.evaluation.batch_size
             return lambda model: {"loss": evaluation_loss(model, encoded, size)}
 

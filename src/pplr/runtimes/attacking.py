@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from hashlib import sha256
 from itertools import takewhile
 
@@ -16,9 +17,9 @@ from pplr.backbones.causal_lm import CausalLM
 from pplr.config import StatePrivacyConfig
 from pplr.data.interactions import Catalog
 from pplr.data.prompts import Sample
-from pplr.privacy.audits import Attacker, Knowledge
+from pplr.privacy.audits import PAIRS, Attacker, Knowledge
 from pplr.privacy.replica import Replica
-from pplr.privacy.states import StateGuard
+from pplr.privacy.states import StateGuard, clipped
 from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.recommending import saved_adapter
 from pplr.runtimes.run import Run
@@ -69,6 +70,7 @@ class Attackers:
         through: Callable[[Tensor], Tensor] = lambda states: states,
         passes: int = 1,
         seconds: float | None = None,
+        pairs: int = PAIRS,
     ) -> Attacker:
         """Make an attacker on one client.
 
@@ -80,6 +82,7 @@ class Attackers:
             through: What becomes of states on their way.
             passes: How often each pass crossed.
             seconds: How long it may take for a pass; no limit when absent.
+            pairs: Passes of public text whose states it has, at the level ``pairs``.
         """
         guard = self.guard(states, f"{level} attacker of {client}")
         config, known = self.assembly.config, self._known(level, client)
@@ -92,8 +95,10 @@ class Attackers:
             auxiliary=self.auxiliary,
             prefix=self._prefix(),
             through=_repeated(through, guard, passes, replica),
+            clip_gradients=partial(clipped, clip_norm=states.gradient_clip_norm),
             seed=self.seed,
             seconds=seconds,
+            pairs=pairs,
         )
 
     def guard(self, states: StatePrivacyConfig, whose: str) -> StateGuard | None:

@@ -11,7 +11,7 @@ import numpy as np
 from pplr.config import RuntimeConfig, StatePrivacyConfig
 from pplr.config_files import load_config
 from pplr.errors import ConfigError, nearest
-from pplr.privacy.audits import Knowledge, make_audit
+from pplr.privacy.audits import PAIRS, Knowledge, make_audit
 
 __all__ = ["AuditSettings", "AuditWords", "make_settings"]
 
@@ -24,16 +24,18 @@ class AuditSettings:
     """What is audited.
 
     Args:
-        attacks: Names of attacks; when empty, all but those that take long.
+        attacks: Names of attacks; when empty, all but those that take long, and those that know the noise where it is.
         knowledge: What attackers have; every level that an attack can be run at when empty.
         users: Users whose passes are attacked.
         cuts: Pairs of k and m; the run's own when empty.
         noises: Standard deviations of noise on hidden states, as multiples of theirs, over what the run does itself.
         passes: How often each pass crosses, each time with new noise; attackers look at the mean. With
-            ``settle_rounds`` only those before the input stage settles, and one more, are new.
+            ``settle_rounds`` only as many are new as a state can cross with noise of its own: those before the input
+            stage settles, validation among them, and few after.
+        pairs: Passes of public text whose states an attacker at the level ``pairs`` has, one setting for each number.
         guards: What clients do to what they send; the run's own ``privacy.states`` when empty. With another one a run
             shows what that would hide, and what it costs a model that was trained without it.
-        wire: How states travel; the run's own way when absent.
+        wires: How states travel; the run's own way when empty.
         ranked_users: Users whose rankings are measured where there is noise; all when absent.
         seed: Of the draws of users, auxiliary text and noise.
     """
@@ -44,8 +46,9 @@ class AuditSettings:
     cuts: tuple[tuple[int, int], ...] = ()
     noises: tuple[float, ...] = (0.0,)
     passes: tuple[int, ...] = (1,)
+    pairs: tuple[int, ...] = (PAIRS,)
     guards: tuple[StatePrivacyConfig, ...] = ()
-    wire: Literal["exact", "float32", "bfloat16", "int8"] | None = None
+    wires: tuple[Literal["exact", "float32", "bfloat16", "int8"], ...] = ()
     ranked_users: int | None = 200
     seed: int = 0
 
@@ -58,6 +61,8 @@ class AuditSettings:
             raise ConfigError(f"noise of {self.noises}", cure="Give 0 or more, as a multiple of the states' own size.")
         if any(passes < 1 for passes in self.passes):
             raise ConfigError(f"passes of {self.passes}", cure="Let each pass cross at least once.")
+        if any(pairs < 2 for pairs in self.pairs):
+            raise ConfigError(f"pairs of {self.pairs}", cure="Give states of two public passes at least.")
 
 
 class AuditWords(TypedDict, total=False):
@@ -70,8 +75,9 @@ class AuditWords(TypedDict, total=False):
         cuts: Pairs of k and m; the run's own when empty.
         noises: Standard deviations of noise on hidden states, as multiples of the states' own size.
         passes: How often each pass crosses with new noise; attackers look at the mean.
+        pairs: Passes of public text whose states an attacker with ``pairs`` has.
         guards: Each a number of settings of ``privacy.states``, such as ``["clip_norm=36"]``; the run's own when empty.
-        wire: How states travel; the run's own way when absent.
+        wires: How states travel; the run's own way when empty.
         seed: Of the draws of users, public text and noise.
     """
 
@@ -81,8 +87,9 @@ class AuditWords(TypedDict, total=False):
     cuts: Sequence[tuple[int, int]]
     noises: Sequence[float]
     passes: Sequence[int]
+    pairs: Sequence[int]
     guards: Sequence[Sequence[str]]
-    wire: str | None
+    wires: Sequence[str]
     seed: int
 
 
@@ -95,15 +102,13 @@ def make_settings(**words: Unpack[AuditWords]) -> AuditSettings:
     Raises:
         ConfigError: One of them is unknown.
     """
-    levels, wire = words.get("knowledge", ()), words.get("wire")
+    levels, wires = words.get("knowledge", ()), words.get("wires", ())
     for word, known, what in (
         *((own, _LEVELS, "knowledge") for own in levels),
-        (wire, (None, *_WIRES), "wire format"),
+        *((own, _WIRES, "wire format") for own in wires),
     ):
         if word not in known:
-            raise ConfigError(
-                f"no {what} is called {word!r}", cure=nearest(str(word), [str(own) for own in known if own])
-            )
+            raise ConfigError(f"no {what} is called {word!r}", cure=nearest(str(word), [str(own) for own in known]))
     return AuditSettings(
         attacks=tuple(words.get("attacks", ())),
         knowledge=tuple(cast(Knowledge, own) for own in levels),
@@ -111,8 +116,9 @@ def make_settings(**words: Unpack[AuditWords]) -> AuditSettings:
         cuts=tuple(words.get("cuts", ())),
         noises=tuple(words.get("noises", AuditSettings.noises)),
         passes=tuple(words.get("passes", AuditSettings.passes)),
+        pairs=tuple(words.get("pairs", AuditSettings.pairs)),
         guards=tuple(_guard_of(told) for told in words.get("guards", ())),
-        wire=cast(Any, wire),
+        wires=cast(Any, tuple(wires)),
         seed=words.get("seed", AuditSettings.seed),
     )
 

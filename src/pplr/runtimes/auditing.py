@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pplr.backbones.base import Batch
+from pplr.backbones.item_vectors import ItemVectors
 from pplr.config import CutConfig, StatePrivacyConfig
 from pplr.data.prompts import Sample
 from pplr.errors import ConfigError, RunError
@@ -24,11 +26,12 @@ from pplr.privacy.scoring import Reader, baseline, interval, resampled, score
 from pplr.privacy.states import described
 from pplr.privacy.verdict import verdict
 from pplr.progress import Progress, Silent
-from pplr.recommend.evaluation import evaluate
+from pplr.recommend.evaluation import Evaluation, evaluate
 from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.attacking import Attackers, rounded, saved_adapters
 from pplr.runtimes.audit_settings import AuditSettings
 from pplr.runtimes.run import Run
+from pplr.runtimes.state_counts import draws_of_a_state
 from pplr.seeds import derive_seed, generator
 from pplr.stages.cut import CutPlan
 from pplr.stages.model import CutModel
@@ -48,8 +51,9 @@ def audit_run(run: Run, settings: AuditSettings | None = None, progress: Progres
         progress: Told of every step.
 
     Returns:
-        The content of ``audit.json``: for each cut and noise the run's worth and, for each attack and what its attacker
-        has, each metric's mean over users with its interval, beside that of a guess without any state.
+        The content of ``audit.json``: for each cut, noise and wire format the run's worth and, for each attack and
+        what its attacker has, each metric's mean over users with its interval, beside that of a guess without any
+        state.
 
     Raises:
         RunError: The run is not finished.
@@ -73,10 +77,11 @@ def audit_run(run: Run, settings: AuditSettings | None = None, progress: Progres
         "metric": work.metric,
         "users": len(work.secrets),
         "seed": settings.seed,
-        "wire": work.wire,
+        "wire": run.config.runtime.wire,
         "baseline": interval([baseline(own, work.popularity, work.reader) for own in work.secrets], settings.seed),
         "settings": [found for plan in work.plans for found in work.at(plan)],
     }
+    content["not_tried"] = work.not_tried(content["settings"])
     content["verdict"] = verdict(content)
     content["seconds"] = time.perf_counter() - began
     write_json(run.folder / "audit.json", content)
@@ -90,7 +95,9 @@ class _Setting:
     Args:
         plan: The cut.
         noise: Its size, as a multiple of the states'.
+        wire: How states travel.
         passes: How often each pass crossed, not counting those of the same bytes as another.
+        pairs: Passes of public text whose states attackers at the level ``pairs`` have.
         guard: What clients did to what they sent.
         through: What becomes of states on their way, the guard apart.
         seen: The passes, in the order of the secrets.
@@ -99,7 +106,9 @@ class _Setting:
 
     plan: CutPlan
     noise: float
+    wire: str
     passes: int
+    pairs: int
     guard: StatePrivacyConfig
     through: Callable[[Tensor], Tensor]
     seen: Sequence[Observation]
@@ -121,7 +130,7 @@ class _Work:
         self.backbone, self.data = self.assembly.backbone, self.assembly.data
         self.catalog = self.data.dataset.catalog
         self.reader = Reader(self.backbone, self.catalog)
-        self.wire = settings.wire or run.config.runtime.wire
+        self.wires = settings.wires or (run.config.runtime.wire,)
         self._attackers: dict[tuple[object, ...], Attacker] = {}
         self._done: dict[tuple[object, ...], dict[str, Any]] = {}
         self._worths: dict[tuple[object, ...], dict[str, Any]] = {}
@@ -158,12 +167,13 @@ class _Work:
         config = self.run.config
         model = CutModel(self.backbone, plan, config.adapter, config.training, states=config.privacy.states)
         guards = self.settings.guards or (config.privacy.states,)
-        for guard, noise, passes in product(guards, self.settings.noises, self.settings.passes):
-            through = self._through(plan, noise)
+        asked = (guards, self.settings.noises, self.wires, self.settings.passes, self.settings.pairs)
+        for guard, noise, wire, passes, pairs in product(*asked):
+            through = self._through(plan, noise, wire)
             apart = self._apart(guard, passes)
-            seen_of = partial(self._observe, model, through=through, states=guard, passes=apart)
+            seen_of = partial(self._observe, model, through=through, states=guard, passes=apart, wire=wire)
             seen = [seen_of(name, sample) for name, sample in self.drawn]
-            own = _Setting(plan, noise, apart, guard, through, seen, partial(self._others, seen_of))
+            own = _Setting(plan, noise, wire, apart, pairs, guard, through, seen, partial(self._others, seen_of))
             yield {
                 "cut": {
                     "input_layers": plan.input_layers,
@@ -171,17 +181,22 @@ class _Work:
                     "total_layers": plan.total_layers,
                 },
                 "noise": noise,
+                "wire": wire,
                 "passes": passes,
+                "pairs": pairs,
                 "guard": described(guard) or None,
                 "worth": self._worth(model, own),
                 "worth_unguarded": self._worth_unguarded(model, own),
-                "audits": [self._attack_once(name, level, own) for name, level in self._attacks()],
+                "audits": [self._attack_once(name, level, own) for name, level in self._attacks(own)],
             }
 
-    def _attacks(self) -> list[tuple[str, Knowledge]]:
+    def _attacks(self, at: _Setting) -> list[tuple[str, Knowledge]]:
+        """Choose who attacks what: what was asked for, else all that do not take long and suit the setting."""
         wanted = self.settings.knowledge
         found: list[tuple[str, Knowledge]] = []
-        for name in self.settings.attacks or [name for name, own in AUDITS.items() if own.by_default]:
+        noisy = at.noise > 0 or at.guard.noise != "none"
+        usual = [name for name in self._possible() if AUDITS[name].by_default or (noisy and AUDITS[name].in_noise)]
+        for name in self.settings.attacks or usual:
             found += [(name, level) for level in AUDITS[name].knows if not wanted or level in wanted]
         alone = len(self.adapters) < 2 or self.assembly.method.pooled
         whole = not self.attackers.keeps_some_at_home
@@ -190,11 +205,23 @@ class _Work:
         needless |= {"catalog"} if whole and "catalog" not in wanted and not self.settings.attacks else set()
         return [own for own in found if own[1] not in needless]
 
+    def _possible(self) -> list[str]:
+        """Name the attacks that can be run on this backbone."""
+        items = isinstance(self.backbone, ItemVectors)
+        return [name for name, own in AUDITS.items() if items or not own.of_items]
+
+    def not_tried(self, settings: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+        """Name the attacks that the run's server could run with what it has, and that no setting tried."""
+        has = ("exchanged", "pairs", "catalog") if self.attackers.keeps_some_at_home else ("own",)
+        tried = {(own["audit"], own["knowledge"]) for found in settings for own in found["audits"]}
+        every = [(name, level) for level in has for name in self._possible() if level in AUDITS[name].knows]
+        return [{"audit": name, "knowledge": level} for name, level in every if (name, level) not in tried]
+
     def _apart(self, guard: StatePrivacyConfig, passes: int) -> int:
         """Count the passes that differ: after the input stage has settled they are all the same."""
         if guard.settle_rounds is None:
             return passes
-        return min(passes, guard.settle_rounds * self.run.config.training.local_epochs + 1)
+        return min(passes, draws_of_a_state(self.assembly, guard.settle_rounds))
 
     def _observe(
         self,
@@ -204,6 +231,7 @@ class _Work:
         through: Callable[[Tensor], Tensor],
         states: StatePrivacyConfig,
         passes: int,
+        wire: str,
     ) -> Observation:
         config, together = self.run.config, [own]
         if config.training.shared_prefix and not states.is_on:  # as in training, with others of the client
@@ -213,14 +241,15 @@ class _Work:
         batch: Batch = self.backbone.collate(encoded)
         row = self.backbone.collate_row(encoded).row if len(together) > 1 else None
         guard = self.attackers.guard(states.model_copy(update={"settle_rounds": None}), f"{own.user} of {name}")
-        return observe(model, self.adapters[name], batch, through, guard, passes, 0 if row is None else row.prefix)
+        shared, back = 0 if row is None else row.prefix, partial(rounded, wire=wire)
+        return observe(model, self.adapters[name], batch, through, guard, passes, shared, back)
 
     def _others(self, seen_of: Callable[[str, Sample], Observation], client: str) -> list[Observation]:
         """Observe the training passes of a client that were not drawn, each once."""
         drawn = [own for name, own in self.drawn if name == client]
         return [seen_of(client, own) for own in self.data.samples[client] if own not in drawn]
 
-    def _through(self, plan: CutPlan, noise: float) -> Callable[[Tensor], Tensor]:
+    def _through(self, plan: CutPlan, noise: float, wire: str) -> Callable[[Tensor], Tensor]:
         """Make what becomes of states on their way: noise, and rounding."""
         size, source = 0.0, torch.Generator().manual_seed(derive_seed(self.settings.seed, "noise", str(noise)))
         if noise > 0:
@@ -236,7 +265,7 @@ class _Work:
             if size > 0:
                 drawn = torch.randn(states.shape, generator=source).to(states.device)
                 states = (states.float() + size * drawn).to(states.dtype)
-            return rounded(states, self.wire)
+            return rounded(states, wire)
 
         return changed
 
@@ -244,19 +273,27 @@ class _Work:
         """Measure the recommendations: the run's own where nothing is added to it, else those of users drawn anew."""
         own = self.run.config.privacy.states
         as_it_was = at.guard == own and (not own.is_on or at.plan == self.assembly.plan)
-        if not any(self.settings.noises) and as_it_was:
+        rounded_as_it_was = self.wires == (self.run.config.runtime.wire,)
+        if not any(self.settings.noises) and as_it_was and rounded_as_it_was:
             told = self.run.metrics or {}
-            return {
-                "mean": told["overall"][self.metric],
-                "users": sum(own["users"] for own in told["clients"].values()),
-            }
-        return self._ranked_once(model, at.plan, at.noise, at.guard, at.through)
+            users = sum(own["users"] for own in told["clients"].values())
+            return {**self._own_interval(), "mean": told["overall"][self.metric], "users": users}
+        return self._ranked_once(model, at.plan, at.noise, at.guard, at.through, at.wire)
+
+    def _own_interval(self) -> dict[str, float]:
+        """Resample the users of the run's own test, where it is kept."""
+        path = self.run.folder / "evaluation.json"
+        if not path.exists():
+            return {}
+        found = Evaluation.from_dict(json.loads(path.read_text(encoding="utf-8"))["test"])
+        values = found.values[self.metric]
+        return resampled(values, generator(self.settings.seed, "worth")) if len(values) else {}
 
     def _worth_unguarded(self, model: CutModel, at: _Setting) -> dict[str, Any] | None:
         """Measure what the same adapters' recommendations are worth with nothing done to states, where there is."""
         if not at.guard.is_on:
             return None
-        return self._ranked_once(model, at.plan, 0.0, StatePrivacyConfig(), lambda states: states)
+        return self._ranked_once(model, at.plan, 0.0, StatePrivacyConfig(), lambda states: states, "exact")
 
     def _ranked_once(
         self,
@@ -265,11 +302,13 @@ class _Work:
         noise: float,
         guard: StatePrivacyConfig,
         through: Callable[[Tensor], Tensor],
+        wire: str,
     ) -> dict[str, Any]:
         """Rank for users drawn anew, the same at every setting."""
-        if (plan, noise, guard) not in self._worths:
-            self._worths[plan, noise, guard] = self._ranked(model, guard, through)
-        return self._worths[plan, noise, guard]
+        key = (plan, noise, guard, wire)
+        if key not in self._worths:
+            self._worths[key] = self._ranked(model, guard, through)
+        return self._worths[key]
 
     def _ranked(
         self, model: CutModel, states: StatePrivacyConfig, through: Callable[[Tensor], Tensor]
@@ -298,7 +337,7 @@ class _Work:
     def _attack_once(self, name: str, level: Knowledge, at: _Setting) -> dict[str, Any]:
         """Attack, unless the same was done where only the cut differs that this attack does not look at."""
         depth = at.plan.input_layers if AUDITS[name].looks_at == "first" else at.plan.output_layers
-        key = (name, level, depth, at.noise, at.passes, at.guard)
+        key = (name, level, depth, at.noise, at.wire, at.passes, at.pairs if level == "pairs" else None, at.guard)
         if key not in self._done:
             self._done[key] = self._attack(name, level, at)
         return self._done[key]
@@ -326,8 +365,10 @@ class _Work:
 
     def _attacker(self, level: Knowledge, client: str, at: _Setting) -> Attacker:
         """Make an attacker, or take the one that knows the same, with what it has learned."""
-        key = (level, client, at.plan, at.noise, at.passes, at.guard)
+        key = (level, client, at.plan, at.noise, at.wire, at.passes, at.pairs, at.guard)
         if key not in self._attackers:
             self._attackers = {own: kept for own, kept in self._attackers.items() if own[2:] == key[2:]}
-            self._attackers[key] = self.attackers.make(level, client, at.plan, at.guard, at.through, at.passes)
+            self._attackers[key] = self.attackers.make(
+                level, client, at.plan, at.guard, at.through, at.passes, pairs=at.pairs
+            )
         return self._attackers[key]

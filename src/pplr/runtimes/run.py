@@ -196,7 +196,8 @@ class Run:
         Args:
             progress: Told of every step.
             words: What is audited, and by whom: ``attacks``, ``knowledge``, ``users``, ``cuts``, ``noises``,
-                ``passes``, ``guards``, ``wire``, ``seed``; see :class:`~pplr.runtimes.audit_settings.AuditWords`.
+                ``passes``, ``pairs``, ``guards``, ``wires``, ``seed``; see
+                :class:`~pplr.runtimes.audit_settings.AuditWords`.
 
         Returns:
             The content of ``audit.json``; its ``verdict`` says in one sentence what the server can read.

@@ -26,7 +26,7 @@ class Guard(Protocol):
         """Say what the next passes are for; the same occasion again starts where it started before."""
 
     def repeating(self, owner: int) -> AbstractContextManager[None]:
-        """Draw the same noise for the same vectors of one user, whatever they are sent for and however often.
+        """Draw the same noise for a user's vector behind the same ones, whatever it is sent for and however often.
 
         Args:
             owner: The user.

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from pplr.backbones.adapters import AdapterState, adapter_sha256, natural_order
@@ -27,6 +28,8 @@ from pplr.stages.transport import LocalTransport, MovingTransport, TakingTranspo
 __all__ = ["ClientModel", "GenerationCache"]
 
 _OPENINGS_KEPT = 2
+_SETTLED_TOKENS = 64
+"""Histories are computed in a multiple of this length where the input stage has settled."""
 
 
 @dataclass
@@ -175,7 +178,11 @@ class ClientModel:
 
     @torch.no_grad()
     def _settled(self, batch: Batch) -> Tensor:
-        """Send each row by itself, as it was sent before: (B, T) -> (B, T, D)."""
+        """Send each row by itself, as it was sent before: (B, T) -> (B, T, D).
+
+        It is computed in a length that does not depend on its own but in steps, and without a mask, as blocks look
+        back only: so of two histories that begin alike the states of what they share have the same bits.
+        """
         rows = []
         owners = [-1] * batch.samples if batch.owners is None else batch.owners.tolist()
         for place, (length, owner) in enumerate(zip(batch.lengths.tolist(), owners, strict=True)):
@@ -184,10 +191,12 @@ class ClientModel:
                 batch.lengths[place : place + 1],
                 batch.is_target[place : place + 1, :length],
             )
-            states = self.backbone.embed(own.input_ids, self._members[0].ends)
-            states = self._stages[0].run(self._members[0], states, StageCall(lengths=own.lengths))
+            padded = functional.pad(own.input_ids, (0, -length % _SETTLED_TOKENS))
+            states = self.backbone.embed(padded, self._members[0].ends)
+            call = StageCall(lengths=torch.tensor([padded.shape[1]]))
+            states = self._stages[0].run(self._members[0], states, call)
             with nullcontext() if self.guard is None or owner < 0 else self.guard.repeating(owner):
-                rows.append(self._guarded(states, own)[0])
+                rows.append(self._guarded(states, own)[0, :length])
         return pad_sequence(rows, batch_first=True)
 
     def _leave(self, states: Tensor, part: MicroBatch) -> Tensor:

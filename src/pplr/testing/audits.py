@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pplr.backbones.base import Backbone, Batch
@@ -22,7 +23,7 @@ from pplr.privacy.audits import Attacker, Guess, Knowledge, make_audit
 from pplr.privacy.observing import Observation, observe, secret_of
 from pplr.privacy.replica import Replica
 from pplr.privacy.scoring import Reader, score
-from pplr.privacy.states import StateGuard
+from pplr.privacy.states import StateGuard, clipped
 from pplr.stages.boundary import Guard
 from pplr.stages.cut import CutPlan
 from pplr.stages.model import CutModel
@@ -35,6 +36,8 @@ _USERS = 6
 _HISTORY = 6
 _FORESIGHT = 60
 """Steps in which states are moved until they predict a target."""
+_TEMPERATURE = 10.0
+"""By what scores are multiplied meanwhile: cosines alone would hardly differ."""
 
 
 class Scene:
@@ -111,6 +114,29 @@ class Scene:
             found.append(replace(own, returned=states.detach()))
         return found
 
+    @cached_property
+    def foreseeing(self) -> list[Observation]:
+        """What the server would see if states at the first cut foresaw each next token, as those of a good model."""
+        replica, found = self.replica(), []
+        for own, secret in zip(self.bare, self.secrets, strict=True):
+            states = own.states.clone().requires_grad_(True)
+            wanted = torch.tensor(secret.tokens[1:])
+            optimizer = torch.optim.Adam([states], lr=0.1 * float(own.states.std()))
+            for _ in range(_FORESIGHT):
+                optimizer.zero_grad()
+                F.cross_entropy(_TEMPERATURE * self._scores(replica, states)[:-1], wanted).backward()
+                optimizer.step()
+            found.append(replace(own, states=states.detach()))
+        return found
+
+    def _scores(self, replica: Replica, states: Tensor) -> Tensor:
+        """Apply norm and head, or the space of comparison, with gradients: (T, D) -> (T, V)."""
+        if isinstance(self.backbone, ItemVectors):
+            return self.backbone.queries(states, replica.output_ends) @ self.backbone.items(replica.output_ends).t()
+        if not isinstance(self.backbone, CausalLM):
+            raise TypeError(type(self.backbone).__name__)
+        return self.backbone.logits(states).float()
+
     def replica(self, guard: StateGuard | None = None) -> Replica:
         """Copy the client's stages with its own adapter."""
         clip = (lambda states: states) if guard is None else guard.clip
@@ -124,7 +150,9 @@ class Scene:
             prefix = self.secrets[0].tokens[:start]
         popularity = torch.arange(_ITEMS).flip(0)
         through = (lambda states: states) if guard is None else guard.states
-        return Attacker(knowledge, self.replica(guard), self.catalog, popularity, self.auxiliary, prefix, through)
+        clip = partial(clipped, clip_norm=None if guard is None else guard.config.gradient_clip_norm)
+        replica = self.replica(guard)
+        return Attacker(knowledge, replica, self.catalog, popularity, self.auxiliary, prefix, through, clip)
 
     def mean(self, guesses: Sequence[Guess], metric: str) -> float:
         """Average a metric over users."""

@@ -105,9 +105,9 @@ def leakage_beside(runs: Runs) -> Section:
         found = [strongest_attack(own, metric) for metric in SHOWN]
         guess = audit.baseline.get("item_f1")
         cells = [interval_cell(one[1] if one else None) for one in found]
-        rows.append((said(name), where(own), *cells, interval_cell(guess), epsilon))
+        rows.append((said(name), where(own, audit), *cells, interval_cell(guess), epsilon))
         if elsewhere(audit):
-            notes.append((f"{said(name)} was audited at {where(own)}, which is not how it was cut.",))
+            notes.append((f"{said(name)} was audited at {where(own, audit)}, which is not how it was cut.",))
         if (read := found[SHOWN.index("item_f1")]) is not None:
             drawn.append((name, read[1].mean, read[1].low, read[1].high))
             guesses += [guess] if guess else []

@@ -65,7 +65,8 @@ def elsewhere(audit: AuditRecord) -> bool:
 
 
 def _is_own(setting: SettingRecord, audit: AuditRecord) -> bool:
-    return (setting.cut, setting.guard, setting.noise, setting.passes) == (audit.cut, audit.guard, 0, 1)
+    own = (setting.cut, setting.guard, setting.noise, setting.passes, setting.wire or audit.wire)
+    return own == (audit.cut, audit.guard, 0, 1, audit.wire)
 
 
 def strongest_attack(setting: SettingRecord, metric: str) -> tuple[AttackRecord, IntervalRecord] | None:
@@ -87,7 +88,7 @@ def leakage_section(files: RunFiles) -> Section:
     setting = own_setting(audit)
     parts: list[Part] = [Paragraph((said(audit.verdict),), "verdict"), *_guarded(files)]
     if elsewhere(audit):
-        parts.append(Paragraph((f"Measured at {where(setting)}, which is not how the run was cut.",), "notice"))
+        parts.append(Paragraph((f"Measured at {where(setting, audit)}, which is not how the run was cut.",), "notice"))
     parts += [
         Paragraph(
             (
@@ -114,7 +115,7 @@ def leakage_section(files: RunFiles) -> Section:
         )
         told = "; ".join(f"{name} {mean:.2f}" for name, mean, *_ in rows)
         told += f"; a guess without states {guess.mean:.2f}" if guess else ""
-        caption = f"Items of the history that each attack read, {where(setting)}. Right is worse for the users."
+        caption = f"Items of the history that each attack read, {where(setting, audit)}. Right is worse for the users."
         parts.append(as_chart(figure, f"Means with intervals of item_f1: {said(told)}.", caption, wide=True))
     if len(audit.settings) > 1:
         parts += _sweep(audit)
@@ -160,7 +161,7 @@ def _attacks_table(setting: SettingRecord, audit: AuditRecord) -> Table:
     ruled = [len(rows)]
     rows.append(("no states", "popularity", *(interval_cell(audit.baseline.get(metric)) for metric in SHOWN), ""))
     columns = ("attack", "attacker has", *SHOWN, "time")
-    return Table(f"What attacks read, {where(setting)}", columns, rows, texts=("attacker has",), ruled=ruled)
+    return Table(f"What attacks read, {where(setting, audit)}", columns, rows, texts=("attacker has",), ruled=ruled)
 
 
 def interval_cell(found: IntervalRecord | None) -> Cell:
@@ -168,12 +169,13 @@ def interval_cell(found: IntervalRecord | None) -> Cell:
     return Cell(MISSING) if found is None else between(found.mean, found.low, found.high)
 
 
-def where(setting: SettingRecord) -> str:
-    """Say at which cut, guard and noise a setting was audited."""
+def where(setting: SettingRecord, audit: AuditRecord) -> str:
+    """Say at which cut, guard, noise and wire format a setting was audited."""
     cut = setting.cut
     told = f"k = {cut.input_layers}, m = {cut.output_layers} of {cut.total_layers} blocks"
     told += f", {said(setting.guard)}" if setting.guard else ""
     told += f", noise {setting.noise:g} times the states' size" if setting.noise else ""
+    told += f", {said(setting.wire)} on the wire" if setting.wire not in (None, audit.wire) else ""
     return told + (f", mean of {setting.passes} passes" if setting.passes > 1 else "")
 
 
@@ -185,7 +187,7 @@ def _sweep(audit: AuditRecord) -> list[Part]:
         told = measured(worth.mean)
         if worth.mean is not None and worth.low is not None and worth.high is not None:
             told = between(worth.mean, worth.low, worth.high, 4)
-        rows.append((where(setting), *(interval_cell(own[1] if own else None) for own in strongest), told))
+        rows.append((where(setting, audit), *(interval_cell(own[1] if own else None) for own in strongest), told))
     columns = ("setting", *SHOWN, f"worth: {said(audit.metric)}")
     parts: list[Part] = [
         Table("The strongest attack at each setting, and what recommendations are worth", columns, rows)

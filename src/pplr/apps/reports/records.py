@@ -156,6 +156,7 @@ class IntervalRecord(_Told):
     mean: float
     low: float
     high: float
+    users: int | None = None
 
 
 class _Worth(_Told):
@@ -182,11 +183,12 @@ class AttackRecord(_Told):
 
 
 class SettingRecord(_Told):
-    """One cut, guard and noise in ``audit.json``."""
+    """One cut, guard, noise and wire format in ``audit.json``."""
 
     cut: _Cut
     noise: float
     passes: int = 1
+    wire: str | None = None
     guard: str | None = None
     worth: _Worth
     audits: list[AttackRecord]

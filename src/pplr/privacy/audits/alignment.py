@@ -48,6 +48,7 @@ class Alignment(Audit):
 
     name: ClassVar[str] = "alignment"
     knows: ClassVar[tuple[Knowledge, ...]] = ("catalog",)
+    of_items: ClassVar[bool] = True
     looks_at_everyone: ClassVar[bool] = True
 
     def attack(self, seen: Sequence[Observation], attacker: Attacker) -> list[Guess]:

@@ -18,13 +18,15 @@ from pplr.privacy.observing import Observation
 from pplr.privacy.replica import Replica
 from pplr.privacy.shortlist import Shortlist
 
-__all__ = ["AUDITS", "Attacker", "Audit", "Guess", "Knowledge", "make_audit", "register"]
+__all__ = ["AUDITS", "PAIRS", "Attacker", "Audit", "Guess", "Knowledge", "make_audit", "register"]
 
 Knowledge = Literal["own", "exchanged", "mixed", "base", "pairs", "catalog"]
 """What the attacker has: the client's ``own`` adapter; what the client ``exchanged`` of it, where some of it stays at
 home; a ``mixed`` one, of the other clients; the public ``base`` and the initial adapter; no weights of the client's,
 but ``pairs`` of auxiliary texts and its states of them; or neither, but the ``catalog``, as everyone has it."""
 
+PAIRS = 256
+"""Auxiliary passes whose states an attacker at the level ``pairs`` has, unless told otherwise."""
 _PASSES = 64
 """Auxiliary passes that a shortlist learns from."""
 
@@ -54,8 +56,10 @@ class Attacker:
         auxiliary: Draws passes of public text, such as prompts of titles drawn by popularity; each a row of tokens.
         prefix: Tokens with which every pass begins.
         through: What becomes of states on their way to the server; the attacker knows how, not with which noise.
+        clip_gradients: What the client does to a gradient at the second cut without drawing anything.
         seed: Of its draws.
         seconds: How long it may run candidates for a pass; what is left then it guesses without running any.
+        pairs: Auxiliary passes whose states it has, where it has no weights.
     """
 
     knowledge: Knowledge
@@ -65,8 +69,10 @@ class Attacker:
     auxiliary: Callable[[int, int], list[tuple[int, ...]]]
     prefix: tuple[int, ...] = ()
     through: Callable[[Tensor], Tensor] = field(default=lambda states: states)
+    clip_gradients: Callable[[Tensor], Tensor] = field(default=lambda gradient: gradient)
     seed: int = 0
     seconds: float | None = None
+    pairs: int = PAIRS
 
     @property
     def reads_items(self) -> bool:
@@ -113,6 +119,8 @@ class Audit(ABC):
         name: How it is asked for.
         knows: The levels of knowledge at which it can be run.
         by_default: Whether it runs unless other attacks are asked for; one that takes long does not.
+        in_noise: Whether it runs by default where states are noisy, as it knows the noise.
+        of_items: Whether it attacks backbones that read items alone.
         looks_at: The cut whose states or gradients it reads; what it finds does not depend on where the other one is.
         looks_at_everyone: Whether it is given all training passes of a client, not only those it is scored by.
     """
@@ -120,6 +128,8 @@ class Audit(ABC):
     name: ClassVar[str]
     knows: ClassVar[tuple[Knowledge, ...]] = ("own", "exchanged", "mixed", "base")
     by_default: ClassVar[bool] = True
+    in_noise: ClassVar[bool] = False
+    of_items: ClassVar[bool] = False
     looks_at: ClassVar[Literal["first", "second"]] = "first"
     looks_at_everyone: ClassVar[bool] = False
 

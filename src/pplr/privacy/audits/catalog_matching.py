@@ -47,7 +47,7 @@ class CatalogMatching(Audit):
 
             def propose(position: int, before: tuple[int, ...], ranked: Ranked = ranked) -> Tensor:
                 allowed = vocabulary if grammar is None else grammar.allowed(before)
-                return ranked(position, allowed, _SHORT)
+                return ranked(position, allowed, len(allowed) if attacker.reads_items else _SHORT)
 
             guesses.append(guess_of(attacker, own, propose))
         return guesses

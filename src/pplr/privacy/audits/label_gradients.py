@@ -31,6 +31,9 @@ _NOTHING = 1e-9
 class LabelGradients(Audit):
     r"""argmax_c cos(∂ℓ(c)/∂h, g), with g the gradient seen and h the states that the server sent.
 
+    Where a client clips each token's gradient, candidates' are clipped as it does: positions then differ in length less
+    than they would, and the cosine over all of them would take that for a difference between candidates.
+
     The cosine does not depend on by how many targets a client divides its loss, and it orders candidates as their
     distance to g does at each one's best scale.
 
@@ -118,13 +121,16 @@ def _titles(own: Observation, attacker: Attacker, answers: Answers) -> Tensor:
     every = torch.arange(len(chosen))
     if blocks > 0 and len(chosen) > _SHORT:
         parts = every.split(max(1, _STATES // len(places)))
-        near = [_cosines(_pulled(left, backbone.final_states, wanted(part)), seen, at_own(part)) for part in parts]
+        near = [
+            _cosines(attacker.clip_gradients(_pulled(left, backbone.final_states, wanted(part))), seen, at_own(part))
+            for part in parts
+        ]
         every = torch.cat(near).topk(_SHORT).indices
     parts = every.split(max(1, _STATES // len(places)))
-    sent = [
-        _cosines(_sent_back(own, places, replica, backbone.final_states, wanted(part)), seen, at_own(part))
-        for part in parts
-    ]
+    sent = []
+    for part in parts:
+        candidates = _sent_back(own, places, replica, backbone.final_states, wanted(part))
+        sent.append(_cosines(attacker.clip_gradients(candidates), seen, at_own(part)))
     return answers.items[chosen[every[torch.cat(sent).argsort(descending=True)]]]
 
 

@@ -39,6 +39,8 @@ class PosteriorMatching(Audit):
 
     name: ClassVar[str] = "posterior_matching"
     by_default: ClassVar[bool] = False
+    in_noise: ClassVar[bool] = True
+    of_items: ClassVar[bool] = True
     knows: ClassVar[tuple[Knowledge, ...]] = ("own", "exchanged", "mixed", "base")
 
     def attack(self, seen: Sequence[Observation], attacker: Attacker) -> list[Guess]:

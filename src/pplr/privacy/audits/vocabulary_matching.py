@@ -15,7 +15,6 @@ from pplr.privacy.observing import Observation
 __all__ = ["VocabularyMatching", "guess_of", "nearest_pairs"]
 
 _SHORT = 512
-_PASSES = 256
 
 
 @register
@@ -23,8 +22,9 @@ class VocabularyMatching(Audit):
     """x_t = argmin_v ‖f(x_1 … x_{t-1} v)_t − h_t‖.
 
     A decoder's state depends on what came before alone, so tokens fall one after the other. Each position tries the
-    candidates that a learned map finds most likely. Where the attacker has no weights, it takes the token of the
-    nearest state among those of auxiliary text.
+    candidates that a learned map finds most likely; where tokens are items, all of them in the end, unless one is as
+    near as the right one would be. Where the attacker has no weights, it takes the token of the nearest state among
+    those of auxiliary text.
 
     Cites:
         thomas2025hidden
@@ -38,10 +38,11 @@ class VocabularyMatching(Audit):
         if attacker.knowledge == "pairs":
             return nearest_pairs(seen, attacker)
         shortlist, vocabulary = attacker.shortlist, attacker.replica.vocabulary()
+        count = len(vocabulary) if attacker.reads_items else _SHORT
 
         def proposing(own: Observation) -> Callable[[int, tuple[int, ...]], Tensor]:
             ranked = shortlist.of(own.states)
-            return lambda position, before: ranked(position, vocabulary, _SHORT)
+            return lambda position, before: ranked(position, vocabulary, count)
 
         return [guess_of(attacker, own, proposing(own)) for own in seen]
 
@@ -60,7 +61,7 @@ def guess_of(attacker: Attacker, own: Observation, propose: Callable[[int, tuple
 
 def nearest_pairs(seen: Sequence[Observation], attacker: Attacker) -> list[Guess]:
     """Take the token of the nearest state of auxiliary text, at each position by itself."""
-    tokens, states = attacker.auxiliary_pairs(_PASSES)
+    tokens, states = attacker.auxiliary_pairs(attacker.pairs)
     guesses = []
     for own in seen:
         far = torch.cdist(own.states.cpu(), states)  # (T, M)
