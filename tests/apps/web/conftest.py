@@ -9,18 +9,21 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from pplr.config import Config
+from pplr.progress import Silent
 from pplr.runtimes.in_process import train
 from pplr.runtimes.run import Run
 
 ROOT = Path(__file__).parents[3]
 MARKUP = "<img src=x onerror=\"alert('run')\"> <script>alert('run')</script> Elm"
+_MAIN = "from pplr.apps.cli import main\nmain()"
 LIMIT_S = 240  # for a machine with much else to do; nothing waits that long elsewhere
 
 
@@ -47,12 +50,12 @@ def marked(tmp_path_factory: pytest.TempPathFactory, marked_config: Config) -> R
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[str]:
-    """Serve a run's page in a process of its own, and give its address."""
+def serving(folder: Path, before: str = "") -> Iterator[str]:
+    """Serve a run's page in a process of its own, and give its address; ``before`` is code that it runs first."""
     port = _free_port()
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "pplr.apps.cli", "web", str(folder), "--port", str(port)],
+        [sys.executable, "-c", f"{before}\n{_MAIN}", "web", str(folder), "--port", str(port)],
         cwd=folder.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     lines: list[str] = []
@@ -97,17 +100,70 @@ def page_of(marked: Run) -> Iterator[str]:
         yield address
 
 
+def chromium() -> str:
+    """Find a Chromium of this machine; without one a test is skipped, and fails where browsers are required."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    return found or lacking("there is no Chromium here: install Debian's chromium")
+
+
+def lacking(what: str) -> NoReturn:
+    """Skip a test that needs a browser, or fail where CI would otherwise be green without it."""
+    if any(os.environ.get(name, "").lower() not in ("", "0", "false") for name in ("PPLR_REQUIRE_BROWSER", "CI")):
+        pytest.fail(f"{what}; PPLR_REQUIRE_BROWSER or CI is set, so that tests in a browser may not be left out")
+    pytest.skip(what)
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """A headless Chromium of this machine."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("there is no Chromium here: install Debian's chromium")
-    with playwright.sync_playwright() as started:
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        lacking("playwright is not installed: install pplr[dev]")
+    found = chromium()
+    with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+class Paced(Silent):
+    """Holds a training before its first server round and after each, until it may go on."""
+
+    def __init__(self) -> None:
+        self._may = threading.Semaphore(0)
+        self.is_ready = threading.Event()
+
+    def task(self, label: str, total: int, unit: str) -> Any:
+        if label.startswith("server round") and not self.is_ready.is_set():
+            self.is_ready.set()
+            self._wait()
+        return super().task(label, total, unit)
+
+    def server_round(self, record: Any) -> None:
+        self._wait()
+
+    def _wait(self) -> None:
+        if not self._may.acquire(timeout=LIMIT_S):
+            raise TimeoutError("nobody let the training go on")
+
+    def go_on(self) -> None:
+        self._may.release()
+
+
+@contextmanager
+def training(config: Config, folder: Path) -> Iterator[Paced]:
+    """Train a run beside the test, as far as it is let, to its end."""
+    paced = Paced()
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(train, config, folder, progress=paced)
+        try:
+            assert paced.is_ready.wait(LIMIT_S), "the training did not begin"
+            yield paced
+        finally:
+            for _ in range(config.federation.rounds + 1):
+                paced.go_on()
+        running.result(LIMIT_S)
 
 
 class Visit:
