@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pplr.runtimes.in_process import train
 from tests.apps.web.conftest import MARKUP, serving, training
 
 pytestmark = pytest.mark.slow
@@ -174,6 +175,70 @@ def test_how_many_suggestions_there_are_is_said(page_of, visit) -> None:
     field.fill("")
     nothing.wait_for(state="detached")
     assert page.get_by_role("listbox").count() == 0
+
+
+HELD = """
+import time
+import warnings
+from pathlib import Path
+from pplr.runtimes.explaining import Explainer
+
+warnings.simplefilter("ignore", FutureWarning)  # of torch, which is loaded earlier here than the page does
+
+def hold(name):
+    real = getattr(Explainer, name)
+    def held(self, *given):
+        with Path({folder!r}, name).open("a") as calls:
+            calls.write("x")
+        while not Path({folder!r}, "go-" + name).exists():
+            time.sleep(0.01)
+        return real(self, *given)
+    setattr(Explainer, name, held)
+
+for name in ("after", "before"):
+    hold(name)
+"""
+
+
+def test_each_part_is_shown_as_soon_as_it_is_there_and_a_long_attack_on_request(
+    small_config, model_folder, tmp_path, visit, keep
+) -> None:
+    run = train(small_config(f"backbone.model={model_folder}"), tmp_path / "run")  # writes titles
+    with serving(run.folder, HELD.format(folder=str(tmp_path))) as address:
+        own = visit(address)
+        page = own.page
+        user = page.get_by_role("combobox", name="User")
+        user.fill("u3")
+        user.press("Enter")
+        page.get_by_role("progressbar", name="Finding ten titles").wait_for()
+        page.get_by_text(re.compile(r"Finding ten titles … \d s")).wait_for()
+        page.get_by_text("Finding those before federation waits for its turn").wait_for()
+        page.get_by_text("The history that the model reads").wait_for()
+        for name in ("u6", "u9"):  # newer requests: the one in between is never worked on
+            user.fill(name)
+            user.press("Enter")
+        page.get_by_text("Finding ten titles waits for its turn").wait_for()
+        (tmp_path / "go-after").touch()
+        page.get_by_role("status").filter(has_text="titles for user u9, in").wait_for()
+        assert (tmp_path / "after").read_text() == "xx"
+        titles = page.locator(".list.main .title").all_inner_texts()
+        assert titles == [item.title for item in run.recommend("0", user="u9", count=10)]
+        page.get_by_role("table", name=re.compile("Messages in order")).wait_for()
+        page.get_by_role("heading", name=re.compile("^Popularity")).wait_for()
+        page.get_by_role("progressbar", name="Finding those before federation").wait_for()
+        assert page.locator(".list").count() == 2
+        keep(own, "in-parts-1280")
+        page.get_by_role("button", name="Attack this request").focus()
+        page.keyboard.press("Enter")
+        page.get_by_text("Attacking these very states waits for its turn").wait_for()
+        page.keyboard.press("Enter")  # once is enough
+        (tmp_path / "go-before").touch()
+        page.get_by_role("heading", name=re.compile("^Before federation")).wait_for()
+        page.get_by_role("table", name="What the attack read").wait_for()
+        assert re.search(r"\d of \d titles were read", page.locator(".answer").inner_text())
+        assert "in their place" not in page.locator(".answer").inner_text()
+        assert page.evaluate("document.activeElement.innerText") == "Attack this request"
+        assert page.get_by_role("progressbar").count() == 0
 
 
 def test_headings_labels_and_language_are_there(page_of, visit) -> None:
