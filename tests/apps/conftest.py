@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -100,14 +100,28 @@ def round_record() -> dict[str, Any]:
     return dict(json.loads(line))
 
 
+def chromium() -> str:
+    """Find a Chromium of this machine; without one a test is skipped, and fails where browsers are required."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    return found or lacking("there is no Chromium here: install Debian's chromium")
+
+
+def lacking(what: str) -> NoReturn:
+    """Skip a test that needs a browser, or fail where CI would otherwise be green without it."""
+    if any(os.environ.get(name, "").lower() not in ("", "0", "false") for name in ("PPLR_REQUIRE_BROWSER", "CI")):
+        pytest.fail(f"{what}; PPLR_REQUIRE_BROWSER or CI is set, so that tests in a browser may not be left out")
+    pytest.skip(what)
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """A headless Chromium of this machine."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("there is no Chromium here: install Debian's chromium")
-    with playwright.sync_playwright() as started:
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        lacking("playwright is not installed: install pplr[dev]")
+    found = chromium()
+    with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield browser
         browser.close()

@@ -142,6 +142,8 @@ def test_an_attacker_with_the_adapter_reads_the_history(run: Run) -> None:
     assert found.share == pytest.approx(len(truth & named) / len(truth))
     assert found.share >= 0.9
     assert found.knowledge == "own"
+    assert found.by_place == (run.config.backbone.name == "item_vectors")
+    assert explainer.attacks_long != found.by_place
     taken = explainer.attackers.popularity.tolist()
     popular = sorted(range(len(taken)), key=lambda item: -taken[item])
     first = list(dict.fromkeys(catalog.titles[reader.first(item)] for item in popular))[: len(truth)]

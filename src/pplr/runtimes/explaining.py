@@ -45,8 +45,8 @@ _NEAREST = 2
 _KEPT = 8
 """Clients whose adapters and attackers stay in memory."""
 _ATTACK = "catalog_matching"
-_SECONDS = 3.0
-"""How long an attack may run candidates for one request."""
+_SECONDS, _SECONDS_ON_TEXT = 3.0, 30.0
+"""How long an attack may run candidates for one request: of items, and of the many more tokens that text is made of."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ class ReadBack:
         attack: Its name.
         knowledge: What the attacker had besides the states.
         rows: The history's titles, oldest first, each with what was read in its place; ``None`` where nothing was.
+            Of text, whose titles have no places, each with itself if it was read anywhere, else ``None``.
+        by_place: Whether rows tell what was read in a title's place, not only whether it was read.
         wrong: Titles that were read and are not in the history.
         share: Of the history's titles, those that were read.
         guess_share: Of the history's titles, those among as many of the most popular ones.
@@ -99,6 +101,7 @@ class ReadBack:
     attack: str
     knowledge: Knowledge
     rows: tuple[tuple[str, str | None], ...]
+    by_place: bool
     wrong: tuple[str, ...]
     share: float
     guess_share: float
@@ -212,6 +215,11 @@ class Explainer:
 
     # -- what it gives away -----------------------------------------------------------------------------------
 
+    @property
+    def attacks_long(self) -> bool:
+        """Whether an attack takes as long as an answer or longer: it tries tokens of text, not items."""
+        return isinstance(self.parts.backbone, CausalLM)
+
     def read_back(self, request: Request, answer: Answer) -> ReadBack | str:
         """Attack what the server saw of a request.
 
@@ -235,7 +243,8 @@ class Explainer:
         reader = self._reader
         truth = [reader.first(item) for item in self._crossed(request)]
         found = reader.request(tokens)
-        if isinstance(backbone, ItemVectors):
+        by_place = isinstance(backbone, ItemVectors)
+        if by_place:
             placed = [None if token is None else reader.first(token) for token in tokens]
         else:
             placed = [own if own in set(found) else None for own in truth]
@@ -249,11 +258,12 @@ class Explainer:
                 (titles[own], None if guessed is None else titles[guessed])
                 for own, guessed in zip(truth, placed, strict=True)
             ),
+            by_place=by_place,
             wrong=tuple(titles[own] for own in dict.fromkeys(found) if own not in truth),
             share=_share(truth, found),
             guess_share=_share(truth, ranked),
             seconds=seconds,
-            hurried=seconds >= _SECONDS,
+            hurried=attacker.seconds is not None and seconds >= attacker.seconds,
         )
 
     @cached_property
@@ -272,7 +282,8 @@ class Explainer:
         wire = self.run.config.runtime.wire
         through = (lambda states: rounded(states, wire)) if self.parts.is_remote else (lambda states: states)
         plan, states = self.parts.model_of(client).plan, self.run.config.privacy.states
-        return self.attackers.make(level, client, plan, states, through, seconds=_SECONDS)
+        limit = _SECONDS_ON_TEXT if self.attacks_long else _SECONDS
+        return self.attackers.make(level, client, plan, states, through, seconds=limit)
 
     def _crossed(self, request: Request) -> list[int]:
         """List the items that a pass holds; a prompt that was too long has lost the oldest."""

@@ -9,12 +9,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pplr.config import Config
+from pplr.progress import Silent
 from pplr.runtimes.in_process import train
 from pplr.runtimes.run import Run
 from tests.apps.conftest import LIMIT_S
@@ -22,6 +25,7 @@ from tests.docs.pages import DOCS, told
 
 ROOT = Path(__file__).parents[3]
 MARKUP = "<img src=x onerror=\"alert('run')\"> <script>alert('run')</script> Elm"
+_MAIN = "from pplr.apps.cli import main\nmain()"
 
 
 @pytest.fixture(scope="session")
@@ -47,13 +51,13 @@ def marked(tmp_path_factory: pytest.TempPathFactory, marked_config: Config) -> R
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[str]:
-    """Serve a run's page in a process of its own, and give its address."""
+def serving(folder: Path, before: str = "") -> Iterator[str]:
+    """Serve a run's page in a process of its own, and give its address; ``before`` is code that it runs first."""
     port = _free_port()
     page = told(DOCS / "web.md", {"RUN_DIR": str(folder), "8900": str(port)})[1]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "pplr.apps.cli", *page[1:]],
+        [sys.executable, "-c", f"{before}\n{_MAIN}", *page[1:]],
         cwd=folder.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     lines: list[str] = []
@@ -96,3 +100,42 @@ def page_of(marked: Run) -> Iterator[str]:
     """Address of the finished run's page."""
     with serving(marked.folder) as address:
         yield address
+
+
+class Paced(Silent):
+    """Holds a training before its first server round and after each, until it may go on."""
+
+    def __init__(self) -> None:
+        self._may = threading.Semaphore(0)
+        self.is_ready = threading.Event()
+
+    def task(self, label: str, total: int, unit: str) -> Any:
+        if label.startswith("server round") and not self.is_ready.is_set():
+            self.is_ready.set()
+            self._wait()
+        return super().task(label, total, unit)
+
+    def server_round(self, record: Any) -> None:
+        self._wait()
+
+    def _wait(self) -> None:
+        if not self._may.acquire(timeout=LIMIT_S):
+            raise TimeoutError("nobody let the training go on")
+
+    def go_on(self) -> None:
+        self._may.release()
+
+
+@contextmanager
+def training(config: Config, folder: Path) -> Iterator[Paced]:
+    """Train a run beside the test, as far as it is let, to its end."""
+    paced = Paced()
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(train, config, folder, progress=paced)
+        try:
+            assert paced.is_ready.wait(LIMIT_S), "the training did not begin"
+            yield paced
+        finally:
+            for _ in range(config.federation.rounds + 1):
+                paced.go_on()
+        running.result(LIMIT_S)

@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 import pytest
 
 from pplr.apps.web import results
-from pplr.apps.web.desk import Beside
 from pplr.data.prompts import Case
 from pplr.privacy.recording import Exchange, Message
 from pplr.runtimes.explaining import Answer, Near, ReadBack
@@ -58,23 +57,27 @@ def answer() -> Answer:
 
 def test_titles_with_markup_are_text_in_every_block(answer: Answer) -> None:
     popular = (Recommendation(1, "t2", BAD, 12.0),)
-    beside = Beside("the start", answer, popular)
-    told = read(results.lists(answer, beside, after=BAD, nearness="cosine"))
-    assert told.text.count(BAD) == 7
+    told = read(results.after_list(answer, after=BAD, nearness="cosine"))
+    assert told.text.count(BAD) == 4
     assert "0.88" in told.text
+    assert read(results.before_list(BAD, answer, answer)).text.count(BAD) == 3
+    assert read(results.popular_list(popular, answer)).text.count(BAD) == 1
     request = Request("0", Case(-1, (0, 1), (), (0, 1)), 2)
     assert f"1. {BAD}" in read(results.history(request, [BAD, "Elm"])).text
-    back = ReadBack("catalog_matching", "own", ((BAD, BAD), ("Elm", None)), (BAD,), 0.5, 0.25, 0.1, hurried=False)
-    assert read(results.read_back(back)).text.count(BAD) == 2
+    rows = ((BAD, BAD), ("Elm", None))
+    for by_place, times in ((True, 2), (False, 1)):
+        back = ReadBack("catalog_matching", "own", rows, by_place, (BAD,), 0.5, 0.25, 0.1, hurried=False)
+        assert read(results.read_back(back)).text.count(BAD) == times
     assert BAD in read(results.read_back(BAD)).text
 
 
 def test_lists_say_which_items_are_in_both(answer: Answer) -> None:
     popular = (Recommendation(1, "t2", "B", 12.0), Recommendation(2, "t9", "C", 7.5))
-    text = read(results.lists(answer, Beside("start", answer, popular), after="x", nearness="y")).text
+    text = read(results.popular_list(popular, answer)).text
     assert re.search(r"B\s*score 12\s*after federation too", text)
     assert re.search(r"C\s*score 7.500(?!\s*after)", text)
-    assert "Computing the lists" in read(results.lists(answer, None, after="x", nearness="y")).text
+    assert read(results.before_list("start", answer, answer)).text.count("after federation too") == 2
+    assert "after federation too" not in results.after_list(answer, after="x", nearness="y")
 
 
 def test_a_history_says_how_much_of_it_is_read() -> None:
@@ -101,7 +104,7 @@ def test_messages_add_up_and_those_of_one_form_share_rows() -> None:
 
 def test_what_was_read_is_beside_what_is_true_with_its_share() -> None:
     rows = tuple((f"T{place}", f"T{place}" if place else "X") for place in range(12))
-    back = ReadBack("catalog_matching", "exchanged", rows, ("X",), 11 / 12, 0.25, 2.0, hurried=True)
+    back = ReadBack("catalog_matching", "exchanged", rows, True, ("X",), 11 / 12, 0.25, 2.0, hurried=True)
     html = results.read_back(back)
     told = read(html)
     assert f'value="{11 / 12!r}"' in html
@@ -112,6 +115,18 @@ def test_what_was_read_is_beside_what_is_true_with_its_share() -> None:
     assert "what the client sends of its adapter" in told.text
     assert "The other 2 titles" in told.text
     assert html.count("<tr>") == 12 + 2
+
+
+def test_of_text_it_says_that_a_title_was_read_and_nothing_of_its_place() -> None:
+    rows = (("Elm", "Elm"), ("Oak", None), ("Yew", "Yew"))
+    back = ReadBack("catalog_matching", "own", rows, False, (), 2 / 3, 0.0, 1.0, hurried=False)
+    told = read(results.read_back(back)).text
+    assert "2 of 3 titles were read" in told
+    assert "in their place" not in told
+    assert "title read" not in told
+    assert re.search(r"Elm\s*yes", told)
+    assert re.search(r"Oak\s*no", told)
+    assert told.count("Elm") == 1
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pplr.apps.web.standing import Watcher
+from pplr.apps.web.standing import Standing, Watcher
 from pplr.config import Config
 from pplr.errors import RunError
 from pplr.runtimes.claiming import is_claimed
@@ -30,6 +30,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def html(standing: Standing) -> str:
+    return "".join(block.html for block in standing.blocks)
+
+
 def write(folder: Path, *records: dict[str, Any]) -> None:
     (folder / "rounds.jsonl").write_text("".join(json.dumps(own) + "\n" for own in records))
 
@@ -40,20 +44,38 @@ def test_it_follows_a_training(folder: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         first = watcher.look()
         assert first.state == "running"
-        assert "No server round is finished yet" in first.html
+        assert "No server round is finished yet" in html(first)
         assert watcher.look() is first
         write(folder, record(1))
         second = watcher.look()
         assert "1 of at most" in second.sentence
-        assert second.html.count("<img") == 5  # loss, validation, heating weights, mixture, similarity
+        assert html(second).count("<img") == 5  # loss, validation, heating weights, mixture, similarity
         write(folder, record(1), record(2, 1.5))
         third = watcher.look()
         assert third.changed != second.changed
-        assert "similarity of the clients&#39; adapters in server round 2" in third.html.lower()
-        assert "server round 1:" not in third.html
+        assert "similarity of the clients&#39; adapters in server round 2" in html(third).lower()
+        assert "server round 1:" not in html(third)
     assert watcher.look().state == "stopped"
-    assert "--resume" in watcher.look().html
+    assert "--resume" in html(watcher.look())
     assert not watcher.is_finished
+
+
+def test_pieces_are_the_same_from_round_to_round_and_only_some_say_something_else(folder: Path) -> None:
+    watcher = Watcher(folder)
+    write(folder, record(1))
+    before = watcher.look().blocks
+    write(folder, record(1), record(2, 1.5))
+    after = watcher.look().blocks
+    keys = [block.key for block in after]
+    assert [block.key for block in before] == keys
+    assert len(set(keys)) == len(keys)
+    same = [new.key for old, new in zip(before, after, strict=True) if old.html == new.html]
+    assert {"learning", "mixing", "mixing-1-paragraph"} <= set(same)
+    tables = [block for block in after if block.key.endswith("-table")]
+    assert tables
+    for block in tables:
+        assert f'id="{block.named_by}"' in block.html
+        assert "tabindex" not in block.html  # what scrolls is around it, and stays
 
 
 def test_a_tested_run_is_finished(folder: Path, metrics: Any) -> None:
@@ -61,8 +83,8 @@ def test_a_tested_run_is_finished(folder: Path, metrics: Any) -> None:
     (folder / "metrics.json").write_text(json.dumps(metrics()))
     found = Watcher(folder).look()
     assert found.state == "finished"
-    assert "0.1200" in found.html  # the headline metric
-    assert "--resume" not in found.html
+    assert "0.1200" in html(found)  # the headline metric
+    assert "--resume" not in html(found)
 
 
 def test_a_clients_own_folder_can_be_asked_without_test_figures_and_the_operators_cannot(folder: Path, metrics) -> None:
@@ -84,17 +106,17 @@ def test_a_clients_own_folder_can_be_asked_without_test_figures_and_the_operator
 def test_a_file_that_is_half_written_is_told_until_it_is_whole(folder: Path) -> None:
     watcher = Watcher(folder)
     (folder / "rounds.jsonl").write_text(json.dumps(record(1))[:40])
-    assert "damaged" in watcher.look().html
+    assert "damaged" in html(watcher.look())
     write(folder, record(1))
-    assert "damaged" not in watcher.look().html
+    assert "damaged" not in html(watcher.look())
 
 
 def test_names_with_markup_are_text(folder: Path) -> None:
     bad = json.loads(json.dumps(record(1)).replace('"0"', '"<img src=x>"'))
     write(folder, bad)
-    html = Watcher(folder).look().html
-    assert "<img src=x>" not in html
-    assert "&lt;img src=x&gt;" in html
+    told = html(Watcher(folder).look())
+    assert "<img src=x>" not in told
+    assert "&lt;img src=x&gt;" in told
 
 
 def test_looking_neither_takes_a_folder_nor_keeps_it_from_a_run(folder: Path, tmp_path: Path) -> None:

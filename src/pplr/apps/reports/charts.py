@@ -55,6 +55,10 @@ _STYLE: Final[Any] = {
 }
 
 
+_POINTS = 72
+"""In an inch."""
+
+
 @contextmanager
 def _styled() -> Iterator[None]:
     with mpl.rc_context(_STYLE), warnings.catch_warnings():
@@ -76,7 +80,8 @@ def as_chart(figure: Figure, description: str, caption: str, *, wide: bool = Fal
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     drawn = re.sub(r"^.*?(?=<svg)", "", file.getvalue(), flags=re.DOTALL)
     source = "data:image/svg+xml;base64," + base64.b64encode(drawn.encode()).decode()
-    return Chart(source, description, caption, wide=wide)
+    width, height = (round(inches * _POINTS) for inches in figure.get_size_inches())
+    return Chart(source, description, caption, wide=wide, size=(width, height))
 
 
 def lines(

@@ -127,6 +127,7 @@ class Chart:
         description: What it shows, for those who do not see it.
         caption: What it shows, for all.
         wide: Whether it takes the whole width of the page.
+        size: Its width and height, by which a page keeps room before it is drawn; unknown when absent.
     """
 
     kind: ClassVar = "chart"
@@ -134,6 +135,7 @@ class Chart:
     description: str
     caption: str
     wide: bool = False
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,19 @@
-"""The view that recommends: controls, and under them what a request's answer is made of."""
+"""The view that recommends: controls, and under them an answer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
 
-from nicegui import run, ui
+from nicegui import ui
 from nicegui.elements.mixins.text_element import TextElement
 
-from pplr.apps.web import results
+from pplr.apps.web.answering import Answering
 from pplr.apps.web.combobox import Combobox
 from pplr.apps.web.desk import Desk
-from pplr.apps.web.rendering import render_parts
 from pplr.errors import PplrError
-
-if TYPE_CHECKING:
-    from pplr.runtimes.explaining import Answer
-    from pplr.runtimes.recommending import Request
 
 __all__ = ["Asking"]
 
-T = TypeVar("T")
 _INTRODUCTION = (
     "Ask one client's model for ten titles. Beside them stand its titles before federation, and what is popular; "
     "below, what crossed the cut between client and server for this very request, and what a server reads out of that."
@@ -37,9 +30,8 @@ class Asking:
     """
 
     def __init__(self, desk: Desk, audited: Callable[[], str]) -> None:
-        self._desk, self._audited = desk, audited
+        self._desk = desk
         self._typed: list[str] = []
-        self._turn = 0
         TextElement(tag="p", text=_INTRODUCTION)
         with ui.element("section").classes("controls").props('aria-label="For whom"'):
             clients = dict(desk.clients)
@@ -59,9 +51,8 @@ class Asking:
                 )
                 self._chosen = ui.element("ol").classes("chosen").props('aria-label="The history so far"')
             self._problem = TextElement(tag="p", text="").classes("problem").props("role=alert")
-            self._button = ui.button("Recommend", on_click=self._ask).props("unelevated no-caps color=dark")
-        self._said = TextElement(tag="p", text="").classes("said-now").props("role=status")
-        self._answer = ui.element("div").classes("answer")
+            ui.button("Recommend", on_click=self._ask).props("unelevated no-caps color=dark")
+        self._answering = Answering(desk, audited, self._complain)
         self._new_client()
         self._new_way()
 
@@ -113,73 +104,10 @@ class Asking:
         self._problem.set_text(text)
         self._problem.set_visibility(bool(text))
 
-    # -- the answer -------------------------------------------------------------------------------------------
-
     async def _ask(self) -> None:
-        """Ask, and show each part as soon as it is known; a newer request of this visitor puts an end to it."""
-        self._turn += 1
-        turn, client = self._turn, str(self._client.value)
-        user = self._user.value.strip() if self._how.value == _USER else None
-        typed = list(self._typed) if self._how.value == _TYPED else None
-        self._complain("")
-        self._said.set_text("Asking the model …")
-        self._button.disable()
-        try:
-            request, answer = _known(await run.io_bound(self._desk.ask, client, user, typed))
-            if self._is_over(turn):
-                return
-            parts = self._blocks()
-            desk, after = self._desk, results.after_words(self._desk.method, client)
-            parts[0].set_content(results.lists(answer, None, after=after, nearness=desk.nearness))
-            parts[1].set_content(results.history(request, desk.titles(request)))
-            parts[2].set_content(results.crossing(answer.exchanges, is_remote=desk.is_remote))
-            whom = f"user {user}" if user is not None else "the typed history"
-            self._said.set_text(f"{len(answer.items)} titles for {whom}, in {answer.seconds:.2f} s.")
-            beside = _known(await run.io_bound(desk.beside, request))
-            if self._is_over(turn):
-                return
-            parts[0].set_content(results.lists(answer, beside, after=after, nearness=desk.nearness))
-            attacked = _known(await run.io_bound(self._attack, request, answer))
-            if not self._is_over(turn):
-                parts[3].set_content(attacked)
-        except PplrError as error:
-            self._give_up(turn, str(error))
-        except Exception:
-            self._give_up(turn, "This could not be answered. The terminal of `pplr web` says why.")
-            raise
-        if not self._is_over(turn):
-            self._button.enable()
-
-    def _is_over(self, turn: int) -> bool:
-        """Whether nobody waits for this request any more: a newer one was made, or the tab is closed."""
-        return turn != self._turn or self._answer.is_deleted
-
-    def _give_up(self, turn: int, why: str) -> None:
-        if not self._is_over(turn):
-            self._said.set_text("")
-            self._complain(why)
-            self._button.enable()
-
-    def _attack(self, request: Request, answer: Answer) -> str:
-        return results.read_back(self._desk.read_back(request, answer)) + self._audited()
-
-    def _blocks(self) -> list[ui.html]:
-        """Make the empty blocks of an answer under their headings."""
-        self._answer.clear()
-        waiting = render_parts([], "waiting")
-        with self._answer:
-            made = []
-            TextElement(tag="h2", text="Ten recommendations, three ways")
-            made += [ui.html(waiting, sanitize=False), ui.html(waiting, sanitize=False)]
-            TextElement(tag="h2", text="What crossed the cut for this request")
-            made.append(ui.html(waiting, sanitize=False))
-            TextElement(tag="h2", text="What the server can read out of it")
-            made.append(ui.html("<p>Attacking these very states …</p>", sanitize=False))
-        return made
-
-
-def _known(found: T | None) -> T:
-    """Return what a thread found; it finds nothing when the server is about to stop."""
-    if found is None:
-        raise PplrError("the server is stopping", cure="Start it again.")
-    return found
+        """Ask for whom the controls say; the button stays as it is, and a newer request ends an older one."""
+        client = str(self._client.value)
+        if self._how.value == _USER:
+            await self._answering.ask(client, user=self._user.value.strip())
+        else:
+            await self._answering.ask(client, typed=list(self._typed))

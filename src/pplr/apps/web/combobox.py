@@ -13,7 +13,8 @@ __all__ = ["Combobox"]
 class Combobox:
     """A text field whose suggestions are found on the server as it is typed into.
 
-    Arrow keys walk through the suggestions, Enter takes the marked one or else what is typed, Escape closes them.
+    Arrow keys walk through the suggestions, Enter takes the marked one or else what is typed, Escape closes them. How
+    many there are is said to screen readers, and that there are none to everybody.
 
     Args:
         label: Of the field.
@@ -32,6 +33,7 @@ class Combobox:
             self.field = ui.input(label, on_change=self._show)
             self._list = ui.element("ul").props(f'role=listbox aria-label="{label}: suggestions"')
             self._list.classes("suggestions")
+            self._count = TextElement(tag="p", text="").classes("note said").props("role=status")
             self._hint = TextElement(tag="p", text=hint).classes("note")
         self.field.props("outlined dense role=combobox aria-autocomplete=list autocomplete=off spellcheck=false")
         self.field.props(f"aria-controls={self._list.html_id} aria-describedby={self._hint.html_id}")
@@ -56,10 +58,16 @@ class Combobox:
     def _show(self) -> None:
         self._found, self._marked = self._complete(self.value), None
         self._draw()
+        self._tell(_counted(len(self._found)) if self._found or self.value.strip() else "")
 
     def _close(self) -> None:
         self._found, self._marked = [], None
         self._draw()
+        self._tell("")
+
+    def _tell(self, text: str) -> None:
+        self._count.set_text(text)
+        self._count.classes(**{"add" if self._found or not text else "remove": "said"})
 
     def _mark(self, step: int) -> None:
         if not self._found:
@@ -89,3 +97,15 @@ class Combobox:
                 option.on("click", lambda _, text=text: self._choose(text), args=[])
                 if place == self._marked:
                     self.field.props(f"aria-activedescendant={option.html_id}")
+
+
+def _counted(found: int) -> str:
+    """Say how many suggestions there are.
+
+    Example:
+        >>> _counted(0), _counted(1)
+        ('Nothing here matches what is typed.', '1 suggestion; the arrow keys choose.')
+    """
+    if not found:
+        return "Nothing here matches what is typed."
+    return f"{found} suggestion{'s' if found > 1 else ''}; the arrow keys choose."

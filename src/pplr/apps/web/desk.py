@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -19,22 +18,7 @@ if TYPE_CHECKING:
     from pplr.runtimes.explaining import Answer, Explainer, ReadBack
     from pplr.runtimes.recommending import Recommendation, Request
 
-__all__ = ["Beside", "Desk"]
-
-
-@dataclass(frozen=True)
-class Beside:
-    """What stands beside a recommendation.
-
-    Args:
-        before: What the client's model was before federation, in words.
-        untrained: What that model recommends.
-        popular: What is popular.
-    """
-
-    before: str
-    untrained: Answer
-    popular: tuple[Recommendation, ...]
+__all__ = ["Desk"]
 
 
 class Desk:
@@ -127,30 +111,40 @@ class Desk:
 
     # -- answers ----------------------------------------------------------------------------------------------
 
-    def ask(self, client: str, user: str | None, history: Sequence[str] | None) -> tuple[Request, Answer]:
-        """Recommend by the client's own adapter.
+    def request(self, client: str, user: str | None, history: Sequence[str] | None) -> Request:
+        """Find out who is meant, which waits for nobody.
 
         Raises:
             UnknownItemError: There is no such user or title.
             PartitionError: The user is another client's.
             DataError: The history is empty.
         """
-        with self._lock:
-            explainer = self._explainer()
-            request = explainer.request(client, user=user, history=history)
-            return request, explainer.after(request, self.COUNT)
+        return self._explainer().request(client, user=user, history=history)
 
-    def beside(self, request: Request) -> Beside:
-        """Say what stands beside it."""
+    def after(self, request: Request) -> Answer:
+        """Recommend by the client's own adapter."""
         with self._lock:
-            explainer = self._explainer()
-            what, answer = explainer.before(request, self.COUNT)
-            return Beside(what, answer, explainer.popular(request, self.COUNT))
+            return self._explainer().after(request, self.COUNT)
+
+    def before(self, request: Request) -> tuple[str, Answer]:
+        """Recommend by what the client had before federation, and say what that is."""
+        with self._lock:
+            return self._explainer().before(request, self.COUNT)
+
+    def popular(self, request: Request) -> tuple[Recommendation, ...]:
+        """List what is popular."""
+        with self._lock:
+            return self._explainer().popular(request, self.COUNT)
 
     def read_back(self, request: Request, answer: Answer) -> ReadBack | str:
         """Attack what crossed for it."""
         with self._lock:
             return self._explainer().read_back(request, answer)
+
+    @property
+    def attacks_long(self) -> bool:
+        """Whether an attack takes so long that it waits to be asked for."""
+        return self._explainer().attacks_long
 
     @property
     def nearness(self) -> str:

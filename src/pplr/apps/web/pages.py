@@ -15,6 +15,7 @@ from pplr.apps.reports.elements import Code, Paragraph, Part, said
 from pplr.apps.reports.records import read_run
 from pplr.apps.web.asking import Asking
 from pplr.apps.web.desk import Desk
+from pplr.apps.web.following import Following
 from pplr.apps.web.rendering import render_parts, style
 from pplr.apps.web.standing import Standing, Watcher
 from pplr.errors import PplrError, RunError
@@ -133,15 +134,11 @@ class Pages:
 
     async def _training(self) -> None:
         with self._frame("training"):
-            sentence = TextElement(tag="p", text="").classes("summary").props("role=status")
-            view = ui.html("", sanitize=False)
-        shown: list[object] = []
+            following = Following()
 
         async def look() -> None:
             standing: Standing | None = await run.io_bound(self._watcher.look)
-            if standing is not None and standing.changed not in shown:
-                shown[:] = [standing.changed]
-                sentence.set_text(standing.sentence)
-                view.set_content(standing.html)
+            if standing is not None:
+                following.show(standing)
 
         ui.timer(_EVERY_S, look)

@@ -20,12 +20,11 @@ from pplr.apps.reports.elements import (
 from pplr.apps.web.rendering import render, render_parts
 
 if TYPE_CHECKING:
-    from pplr.apps.web.desk import Beside
     from pplr.privacy.recording import Exchange
     from pplr.runtimes.explaining import Answer, ReadBack
-    from pplr.runtimes.recommending import Request
+    from pplr.runtimes.recommending import Recommendation, Request
 
-__all__ = ["after_words", "crossing", "history", "lists", "read_back"]
+__all__ = ["after_list", "after_words", "before_list", "crossing", "history", "popular_list", "read_back"]
 
 _AFTER = {
     "local": "the client's adapter, trained alone, since the method of this run is local",
@@ -41,10 +40,32 @@ def after_words(method: str, client: str) -> str:
     return _AFTER.get(method, f"the adapter of client {said(client)}, federated by {said(method)}")
 
 
-def lists(answer: Answer, beside: Beside | None, *, after: str, nearness: str) -> str:
-    """Write the lists, of which those beside the first may come later."""
-    chosen = {item.item_id for item in answer.items}
-    return render("lists.html", answer=answer, beside=beside, chosen=chosen, after_what=after, nearness=nearness)
+def after_list(answer: Answer, *, after: str, nearness: str) -> str:
+    """Write the ten titles, and under each what resembles it."""
+    return render(
+        "list.html",
+        anchor="after",
+        heading=f"After: {after}",
+        items=answer.items,
+        near=answer.near,
+        also=(),
+        nearness=nearness,
+    )
+
+
+def before_list(what: str, untrained: Answer, answer: Answer) -> str:
+    """Write what the client had before, and which of it is among the ten titles too."""
+    return _beside("before", f"Before federation: {what}", untrained.items, answer)
+
+
+def popular_list(popular: Sequence[Recommendation], answer: Answer) -> str:
+    """Write what is popular, and which of it is among the ten titles too."""
+    return _beside("popular", "Popularity: what was taken most in training, the same for everyone", popular, answer)
+
+
+def _beside(anchor: str, heading: str, items: Sequence[Recommendation], answer: Answer) -> str:
+    also = {item.item_id for item in answer.items}
+    return render("list.html", anchor=anchor, heading=heading, items=items, near=(), also=also, nearness="")
 
 
 def history(request: Request, titles: Sequence[str]) -> str:
@@ -144,20 +165,26 @@ def read_back(found: ReadBack | str) -> str:
                 "It took ",
                 Cell(f"{found.seconds:.2f} s", found.seconds),
                 *((", when its time was up, and it guessed the rest without trying",) if found.hurried else ()),
-                f". {right:,} of {len(found.rows):,} titles are in their place",
+                f". {right:,} of {len(found.rows):,} titles {'are in their place' if found.by_place else 'were read'}",
                 f"; {len(found.wrong):,} that it named are not in the history" if found.wrong else "",
                 ". Another attack may read more.",
             ),
             "note",
         ),
-        _read_table("What the attack read, newest first", found.rows[: -_SHOWN - 1 : -1]),
+        _read_table("What the attack read, newest first", found, found.rows[: -_SHOWN - 1 : -1]),
     ]
     html = render_parts(parts, "attack")
     if older := found.rows[:-_SHOWN][::-1]:
-        html += render("folded.html", title=f"The other {len(older):,} titles", inner=[_read_table("Older", older)])
+        html += render(
+            "folded.html", title=f"The other {len(older):,} titles", inner=[_read_table("Older", found, older)]
+        )
     return html
 
 
-def _read_table(caption: str, rows: Sequence[tuple[str, str | None]]) -> Table:
-    told = [(said(true), said(guessed or "nothing"), "yes" if true == guessed else "no") for true, guessed in rows]
-    return Table(caption, ("true title", "title read", "right"), told, texts=("true title", "title read", "right"))
+def _read_table(caption: str, found: ReadBack, rows: Sequence[tuple[str, str | None]]) -> Table:
+    """Write what was read in the place of each title or, of text that has no places, whether it was read at all."""
+    if not found.by_place:
+        told = [(said(true), "no" if guessed is None else "yes") for true, guessed in rows]
+        return Table(caption, ("true title", "read, in whatever place"), told, texts=("true title",))
+    placed = [(said(true), said(guessed or "nothing"), "yes" if true == guessed else "no") for true, guessed in rows]
+    return Table(caption, ("true title", "title read", "right"), placed, texts=("true title", "title read", "right"))

@@ -9,20 +9,35 @@ from pathlib import Path
 from threading import Lock
 from typing import Literal
 
-from pplr.apps.reports.elements import Cell, Code, Facts, Gallery, Paragraph, Part, measured, said, seconds_cell
+from pplr.apps.reports.elements import Cell, Code, Facts, Gallery, Paragraph, Part, Table, measured, said, seconds_cell
 from pplr.apps.reports.learning import learning_section
 from pplr.apps.reports.mixing import mixing_section
 from pplr.apps.reports.quality import headline_metric
 from pplr.apps.reports.records import RunFiles, read_run
-from pplr.apps.web.rendering import render_parts
+from pplr.apps.web.rendering import render, render_parts
 from pplr.errors import RunError
 from pplr.runtimes.claiming import is_claimed
 from pplr.runtimes.run import OWN
 
-__all__ = ["Standing", "Watcher"]
+__all__ = ["Block", "Standing", "Watcher"]
 
 State = Literal["running", "stopped", "finished"]
 _FILES = ("config.yaml", "rounds.jsonl", "metrics.json", "provenance.json", "audit.json")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of the training view, which is replaced only where it says something else.
+
+    Args:
+        key: What it is of; the same from one standing to the next.
+        html: What is shown.
+        named_by: The id of its name within, if it is a table, which scrolls sideways and can be focused for that.
+    """
+
+    key: str
+    html: str
+    named_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -32,13 +47,13 @@ class Standing:
     Args:
         state: ``running`` while a process trains it, ``finished`` once it is tested, else ``stopped``.
         sentence: The same for people.
-        html: The training view.
+        blocks: What the training view is made of, from above.
         changed: Differs from that of another standing if anything in the folder does.
     """
 
     state: State
     sentence: str
-    html: str
+    blocks: tuple[Block, ...]
     changed: object
 
 
@@ -94,13 +109,24 @@ class Watcher:
             files = read_run(self.folder)
         except RunError as error:
             parts: list[Part] = [Paragraph((said(error),), "notice")]
-            return Standing(state, f"This run is {state}.", render_parts(parts, "training"), changed)
-        sections = [learning_section(files), mixing_section(files, lambda rounds: rounds[-1:])]
-        html = render_parts([*_facts(files, state)], "facts")
-        for section in sections:
-            html += f'<section aria-labelledby="{section.anchor}-title"><h2 id="{section.anchor}-title">'
-            html += f"{section.title}</h2>{render_parts(_joined(section.parts), section.anchor)}</section>"
-        return Standing(state, _sentence(files, state), html, changed)
+            return Standing(state, f"This run is {state}.", _blocks("training", parts), changed)
+        blocks = _blocks("facts", _facts(files, state))
+        for section in (learning_section(files), mixing_section(files, lambda rounds: rounds[-1:])):
+            blocks += (Block(section.anchor, render("heading.html", section=section)),)
+            blocks += _blocks(section.anchor, _joined(section.parts))
+        return Standing(state, _sentence(files, state), blocks, changed)
+
+
+def _blocks(anchor: str, parts: Sequence[Part]) -> tuple[Block, ...]:
+    """Make a block of each part, tables without what they scroll in."""
+    blocks = []
+    for place, part in enumerate(parts, 1):
+        key = f"{anchor}-{place}"
+        if isinstance(part, Table):
+            blocks.append(Block(f"{key}-table", render("bare_table.html", own=part, name=key), f"table-{key}"))
+        else:
+            blocks.append(Block(f"{key}-{part.kind}", render_parts([part], key)))
+    return tuple(blocks)
 
 
 def _joined(parts: Sequence[Part]) -> list[Part]:
