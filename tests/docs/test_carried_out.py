@@ -119,7 +119,7 @@ def walked(folder: Path, lines: list[list[str]], here: dict[str, str], ready: di
                 walk.start(name, own, ready[name])
             else:
                 walk.carry_out(own)
-        for process in walk.running.values():
+        for process in reversed(walk.running.values()):  # clients before their server
             process.send_signal(signal.SIGTERM)
         for name, process in walk.running.items():
             assert process.wait(60) == 0, walk.log(name)
