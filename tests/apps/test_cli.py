@@ -374,7 +374,7 @@ def test_runs_are_compared_with_the_first(runtime: SimpleNamespace, fake_run: Ma
     result = run("compare", "runs/a", "runs/better", "--metric", "ndcg@10", "--samples", "50")
     assert result.exit_code == 0, result.output
     last = result.stdout.splitlines()[-1].split()
-    assert last == ["runs/better", "ndcg@10", "3", "+0.5000", "+0.5000", "to", "+0.5000", "0.0392"]
+    assert last == ["runs/better", "ndcg@10", "3", "+0.5000", "+0.5000", "to", "+0.5000", "0.0392", "yes"]
     alone = run("compare", "runs/a")
     assert "against" not in alone.stdout
     assert "Did you mean 'ndcg@10'?" in one_line(run("compare", "runs/a", "--metric", "ndcg@1"))
