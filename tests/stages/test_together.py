@@ -151,6 +151,36 @@ def test_some_gradients_come_before_others(first: tuple[str, ...]):
     assert_same(passes, joint, alone, left, back)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_together_in_bfloat16_is_one_at_a_time_up_to_its_rounding(family: str, dropout: float):
+    """Both are as far from float32 as the eight bits of a bfloat16 number let them, and no farther from each other."""
+    model, exact = tiny_backbone(family, dtype=torch.bfloat16), tiny_backbone(family)
+    joint, alone, truth = (host_of(own, dropout) for own in (model, model, exact))
+    passes = asked()
+    narrow = [replace(own, hidden_states=own.hidden_states.bfloat16()) for own in passes]
+    left = together(joint, narrow)
+    assert all(states.dtype == torch.bfloat16 for states in left.values())
+    back = joint.backward_together([replace(upstream(own), hidden_states=upstream(own).hidden_states.bfloat16())
+                                    for own in passes])  # fmt: skip
+    outs = {own.client: alone.forward(own.client, own.hidden_states, own.call, keep_as=own.step) for own in narrow}
+    ins = {own.client: alone.backward(own.client, own.step, upstream(own).hidden_states.bfloat16()) for own in passes}
+    one_at_a_time(truth, passes)
+    for own, entering in zip(passes, back, strict=True):
+        real = torch.arange(own.hidden_states.shape[1]) < own.call.lengths[:, None]
+        assert far(left[own.client][real], outs[own.client][real]) < 0.02
+        assert far(entering, ins[own.client]) < 0.03
+        for tensor, exactly in gradients(truth, own.client).items():
+            one, other = gradients(joint, own.client)[tensor], gradients(alone, own.client)[tensor]
+            assert one.dtype == torch.float32
+            assert far(one, other) < 0.04, tensor
+            assert far(one, exactly) < 0.06, tensor
+
+
+def far(one: Tensor, other: Tensor) -> float:
+    return float((one.float() - other.float()).norm() / other.float().norm().clamp(min=1e-3))  # of one token none is
+
+
 def unwanted(passes: Sequence[Asked], clients: str) -> list[Asked]:
     return [replace(own, call=replace(own.call, gradient_wanted=own.client not in clients)) for own in passes]
 
