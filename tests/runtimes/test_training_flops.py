@@ -42,10 +42,7 @@ def test_both_sides_together_are_what_training_did(
     cost = train(small_config(*ALONE, *settings), tmp_path / "run", backbone=backbone).metrics["cost"]
     total = sum(own.get_total_flops() for own in counters)
     assert cost["client"]["train_flops"] + cost["server"]["train_flops"] == total > 0
-    if "cut.input_layers=0" in settings:  # the server's first block sends a gradient back that nobody needs
-        assert cost["whole"]["train_flops"] < total
-    else:
-        assert cost["whole"]["train_flops"] == total
+    assert cost["whole"]["train_flops"] == total
 
 
 def test_an_encoder_reads_its_items_before_each_epoch(tmp_path: Path, small_config: Any, encoder_folder: Path) -> None:

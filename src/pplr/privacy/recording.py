@@ -54,14 +54,16 @@ class Recorder:
 
     Args:
         transport: The real way to the middle stage.
+        tokens: Of the sequence that is kept, where it may cross in several calls, its beginning first; without it what
+            the first call brings is kept.
 
     Attributes:
         exchanges: What crossed, in order.
         first: (T, D) float32, the real states of the first row that crossed first, as an attacker would keep them.
     """
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
+    def __init__(self, transport: Transport, tokens: int | None = None) -> None:
+        self._transport, self._tokens = transport, tokens
         self.exchanges: list[Exchange] = []
         self.first: Tensor | None = None
 
@@ -70,8 +72,7 @@ class Recorder:
 
     def forward(self, hidden_states: Tensor, lengths: Tensor, call: StageCall, *, keep_as: int | None) -> Tensor:
         """Run the middle stage: (B, T, D) -> (B, T, D)."""
-        if self.first is None:
-            self.first = hidden_states[0, : int(lengths[0])].detach().float().cpu()
+        self._keep(hidden_states[0, : int(lengths[0])])
         before, began = self._transport.traffic.reading(), time.perf_counter()
         back = self._transport.forward(hidden_states, lengths, call, keep_as=keep_as)
         self._note("forward", hidden_states, back, lengths, before, began)
@@ -80,12 +81,19 @@ class Recorder:
     def decode(self, hidden_states: Tensor, call: StageCall, cache: int) -> Tensor:
         """Run the middle stage and extend a cache: (B, T, D) -> (B, T, D)."""
         lengths = call.new_lengths(hidden_states.shape[1])
-        if self.first is None:
-            self.first = hidden_states[0, hidden_states.shape[1] - int(lengths[0]) :].detach().float().cpu()
+        self._keep(hidden_states[0, hidden_states.shape[1] - int(lengths[0]) :])
         before, began = self._transport.traffic.reading(), time.perf_counter()
         back = self._transport.decode(hidden_states, call, cache)
         self._note("decode", hidden_states, back, lengths, before, began)
         return back
+
+    def _keep(self, states: Tensor) -> None:
+        """Add (T, D) states to those of the sequence, until it is whole."""
+        states = states.detach().float().cpu()
+        if self.first is None:
+            self.first = states[: self._tokens]
+        elif self._tokens is not None and len(self.first) < self._tokens:
+            self.first = torch.cat([self.first, states])[: self._tokens]
 
     def _note(
         self, call: Literal["forward", "decode"], up: Tensor, down: Tensor, lengths: Tensor, before: Any, began: float

@@ -24,6 +24,7 @@ from pplr.privacy.scoring import Reader
 from pplr.progress import Progress, Silent
 from pplr.recommend.evaluation import Ranker
 from pplr.recommend.floors import fit_floor
+from pplr.recommend.generative import GenerativeRanker
 from pplr.runtimes.attacking import Attackers, rounded
 from pplr.runtimes.recommending import (
     Recommendation,
@@ -166,7 +167,8 @@ class Explainer:
             ranker = self.parts.ranker(reader)
             recorder = None
             if reader.transport is not None:
-                reader.transport = recorder = Recorder(reader.transport)
+                prompt = ranker.sizes([request.case])[0] if isinstance(ranker, GenerativeRanker) else None
+                reader.transport = recorder = Recorder(reader.transport, prompt)
             began = time.perf_counter()
             scores = ranker.scores([request.case])[0]
             seconds = time.perf_counter() - began

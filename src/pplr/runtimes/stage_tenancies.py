@@ -29,7 +29,6 @@ from pplr.stages.host import StageHost
 
 __all__ = [
     "CacheState",
-    "LimitError",
     "Offer",
     "ServerLimits",
     "Session",

@@ -8,8 +8,8 @@ tokens costs 4 P A forward (scores, then values by weights), and backward 2 P A 
 weights, where they need a gradient. Pairs count whether or not one token may see the other: a kernel that looks back
 only does about half of them.
 
-What enters the first block needs no gradient where nothing before it is trained, which saves the whole model part of
-that block's backward pass; a server that hosts it sends a gradient back all the same.
+What enters the first block needs no gradient where nothing before it is trained, which saves part of that block's
+backward pass, wherever the block is.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class FlopsOfCut:
         every = range(plan.total_layers)
         self._training = (
             self._rate(own, needs_gradient=begins),
-            self._rate(plan.middle, needs_gradient=begins or not plan.is_whole),
+            self._rate(plan.middle, needs_gradient=begins),
             self._rate(every, needs_gradient=begins),
         )
         self._reading = tuple(self._rate(blocks, backward=False) for blocks in (own, plan.middle, every))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,14 +119,16 @@ class Watcher:
 
 
 def _blocks(anchor: str, parts: Sequence[Part]) -> tuple[Block, ...]:
-    """Make a block of each part, tables without what they scroll in."""
-    blocks = []
-    for place, part in enumerate(parts, 1):
-        key = f"{anchor}-{place}"
+    """Make a block of each part, named by how many of its kind came before; tables without what they scroll in."""
+    blocks, counts = [], Counter[str]()
+    for part in parts:
+        kind = "table" if isinstance(part, Table) else part.kind
+        counts[kind] += 1
+        key = f"{anchor}-{kind}-{counts[kind]}"
         if isinstance(part, Table):
-            blocks.append(Block(f"{key}-table", render("bare_table.html", own=part, name=key), f"table-{key}"))
+            blocks.append(Block(key, render("bare_table.html", own=part, name=key), f"table-{key}"))
         else:
-            blocks.append(Block(f"{key}-{part.kind}", render_parts([part], key)))
+            blocks.append(Block(key, render_parts([part], key)))
     return tuple(blocks)
 
 
