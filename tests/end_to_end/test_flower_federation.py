@@ -88,6 +88,7 @@ def test_the_simulation_engine_gives_the_same_on_real_data(real_machines: Place,
 
     here = in_process.train(real_machines.config, tmp_path / "here")
     run = ("--run-dir", str(tmp_path / "there"), "--set", "runtime.name=flower_simulation")
+    run += ("--set", "runtime.deadline_s=150")  # for a machine with much else to do
     real_machines.start("simulation", "train", str(real_machines.config_file), *run)
     assert real_machines.processes.pop("simulation").wait(LIMIT_S) == 0, real_machines.log("simulation")
     assert records(tmp_path / "there") == records(here.folder)

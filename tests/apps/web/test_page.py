@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pplr.runtimes.in_process import train
+from tests.apps.conftest import LIMIT_S
 from tests.apps.web.conftest import MARKUP, serving, training
 
 pytestmark = pytest.mark.slow
@@ -110,6 +111,8 @@ def test_the_keyboard_is_enough(marked, page_of, visit) -> None:
 
 
 def test_the_button_is_asked_by_the_keyboard_and_keeps_the_focus(marked, page_of, visit) -> None:
+    from playwright.sync_api import expect
+
     page = visit(page_of).page
     page.get_by_role("combobox", name="User").fill("u3")
     page.get_by_role("option", name="u3").wait_for()
@@ -121,8 +124,8 @@ def test_the_button_is_asked_by_the_keyboard_and_keeps_the_focus(marked, page_of
         page.keyboard.press(key)
         page.get_by_role("status").filter(has_text="and what stands beside them").wait_for()
         assert page.evaluate(focused) == "Recommend"
-        titles = page.locator(".list.main .title").all_inner_texts()
-        assert titles == [item.title for item in marked.recommend("0", user="u3", count=10)]
+        told = [item.title for item in marked.recommend("0", user="u3", count=10)]
+        expect(page.locator(".list.main .title")).to_have_text(told, timeout=LIMIT_S * 1_000)
 
 
 def test_whatever_has_the_focus_shows_it(page_of, visit) -> None:
