@@ -113,7 +113,7 @@ def lacking(what: str) -> NoReturn:
     pytest.skip(what)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it is open, nothing else here may run an event loop
 def browser() -> Iterator[Any]:
     """A headless Chromium of this machine."""
     try:
