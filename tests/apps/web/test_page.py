@@ -110,18 +110,33 @@ def test_the_keyboard_is_enough(marked, page_of, visit) -> None:
     assert page.evaluate("document.activeElement.getAttribute('role')") == "combobox"
 
 
-def test_the_button_is_asked_by_the_keyboard_and_keeps_the_focus(page_of, visit) -> None:
+def test_nothing_is_sent_that_overwrites_what_is_typed_as_the_page_arrives(page_of, visit) -> None:
+    sent: list[str] = []
+    own = visit(page_of)
+    own.page.on("websocket", lambda socket: socket.on("framereceived", lambda told: sent.append(str(told))))
+    own.page.reload()
+    own.page.get_by_role("combobox", name="User").fill("u3")
+    own.page.get_by_role("option", name="u3").wait_for()
+    assert any("suggestions" in told for told in sent)
+    assert not any("updateValue" in told for told in sent)
+    assert own.page.get_by_role("combobox", name="User").input_value() == "u3"
+
+
+def test_the_button_is_asked_by_the_keyboard_and_keeps_the_focus(marked, page_of, visit) -> None:
     from playwright.sync_api import expect
 
     page = visit(page_of).page
     page.get_by_role("combobox", name="User").fill("u3")
-    page.get_by_role("button", name="Recommend").focus()
+    page.get_by_role("option", name="u3").wait_for()
+    page.keyboard.press("Escape")
+    page.keyboard.press("Tab")
     focused = "document.activeElement.innerText"
     assert page.evaluate(focused) == "Recommend"
+    told = [item.title for item in marked.recommend("0", user="u3", count=10)]
     for key in ("Enter", "Space"):
         page.keyboard.press(key)
         page.get_by_role("status").filter(has_text="and what stands beside them").wait_for()
-        expect(page.locator(".list.main .title")).to_have_count(10, timeout=LIMIT_S * 1_000)
+        expect(page.locator(".list.main .title")).to_have_text(told, timeout=LIMIT_S * 1_000)
         assert page.evaluate(focused) == "Recommend"
 
 

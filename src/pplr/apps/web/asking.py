@@ -41,7 +41,8 @@ class Asking:
                 TextElement(tag="legend", text="Recommend to")
                 self._how = ui.radio([_USER, _TYPED], value=_USER, on_change=self._new_way).props("inline")
             with ui.element("div") as self._of_user:
-                self._user = Combobox("User", "The data's id; Enter recommends.", self._complete_user, self._ask_by)
+                hint, first = "The data's id; Enter recommends.", self._first_user()
+                self._user = Combobox("User", hint, self._complete_user, self._ask_by, first)
             with ui.element("div") as self._by_title:
                 self._title = Combobox(
                     "Add a title",
@@ -53,7 +54,6 @@ class Asking:
             self._problem = TextElement(tag="p", text="").classes("problem").props("role=alert")
             ui.button("Recommend", on_click=self._ask).props("unelevated no-caps color=dark")
         self._answering = Answering(desk, audited, self._complain)
-        self._new_client()
         self._new_way()
 
     # -- controls ---------------------------------------------------------------------------------------------
@@ -61,8 +61,11 @@ class Asking:
     def _complete_user(self, typed: str) -> list[str]:
         return self._desk.complete_user(str(self._client.value), typed)
 
+    def _first_user(self) -> str:
+        return next(iter(self._complete_user("")), "")
+
     def _new_client(self) -> None:
-        self._user.value = next(iter(self._desk.complete_user(str(self._client.value), "")), "")
+        self._user.value = self._first_user()
 
     def _new_way(self) -> None:
         self._of_user.set_visibility(self._how.value == _USER)

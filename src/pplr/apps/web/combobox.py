@@ -21,16 +21,22 @@ class Combobox:
         hint: What can be typed, under the field.
         complete: Lists suggestions for what is typed.
         take: Told of what was chosen or typed, when Enter is pressed or a suggestion is picked.
+        value: What stands in it at first. Set afterwards, it could overwrite what a visitor types as the page arrives.
     """
 
     def __init__(
-        self, label: str, hint: str, complete: Callable[[str], list[str]], take: Callable[[str], Awaitable[None]]
+        self,
+        label: str,
+        hint: str,
+        complete: Callable[[str], list[str]],
+        take: Callable[[str], Awaitable[None]],
+        value: str = "",
     ) -> None:
         self._complete, self._take = complete, take
         self._found: list[str] = []
         self._marked: int | None = None
         with ui.element("div").classes("combobox"):
-            self.field = ui.input(label, on_change=self._show)
+            self.field = ui.input(label, value=value, on_change=self._show)
             self._list = ui.element("ul").props(f'role=listbox aria-label="{label}: suggestions"')
             self._list.classes("suggestions")
             self._count = TextElement(tag="p", text="").classes("note said").props("role=status")
