@@ -22,6 +22,8 @@ class Following:
 
     def show(self, standing: Standing) -> None:
         """Show how the run stands by now, and touch nothing that is shown already."""
+        if self._view.is_deleted:  # the visitor left while it was read
+            return
         if self._standing is not None and standing.changed == self._standing.changed:
             return
         self._standing = standing

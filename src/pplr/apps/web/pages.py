@@ -99,12 +99,14 @@ class Pages:
         async def look() -> None:
             if not (self._watcher.is_finished and self._watcher.has_adapters):
                 standing: Standing | None = await run.io_bound(self._watcher.look)
-                if standing is not None:
+                if standing is not None and not view.is_deleted:
                     said_now.set_text(f"{standing.sentence} {_ELSEWHERE if self._watcher.is_finished else _WAITS}")
                 return
             said_now.set_text("Loading the data and the model …")
-            problem = await run.io_bound(self._load_quietly)
+            problem: str | None = await run.io_bound(self._load_quietly)
             timer.deactivate()
+            if problem is None or view.is_deleted:  # the server is stopping, or the visitor left meanwhile
+                return
             if problem:
                 said_now.set_text(problem)
                 return
