@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from markdown_it import MarkdownIt
+from typer.testing import CliRunner
+
+from pplr.apps.cli import app
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -50,6 +53,13 @@ def spans(page: Path) -> Iterator[str]:
         for child in token.children or ():
             if child.type == "code_inline":
                 yield child.content
+
+
+def carried_out(words: Sequence[str]) -> str:
+    """What a command of ``pplr`` prints, run in this process; it must succeed."""
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == 0, f"pplr {' '.join(words)}\n{result.output}"
+    return result.output
 
 
 def told(page: Path, here: Mapping[str, str]) -> list[list[str]]:

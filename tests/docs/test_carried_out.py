@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from pplr.apps.cli import app
-from tests.docs.pages import DOCS, ROOT, blocks, commands, told
+from tests.docs.pages import DOCS, ROOT, blocks, carried_out, commands, told
 from tests.end_to_end.machines import free_port
 from tests.end_to_end.walk import Walk, write_federation
 
@@ -57,9 +55,7 @@ def place(
             if program in OTHERS or program.isupper() or "=" in program:
                 continue
             assert program == "pplr"
-            result = CliRunner().invoke(app, [*words, *more, *(sweep if "--sweep" in words else ())])
-            assert result.exit_code == 0, f"pplr {' '.join(words)}\n{result.output}"
-            printed[" ".join(words)] = result.output
+            printed[" ".join(words)] = carried_out([*words, *more, *(sweep if "--sweep" in words else ())])
         return printed
 
     with pytest.MonkeyPatch.context() as patch:
@@ -72,8 +68,7 @@ def place(
 def two_runs(place: Callable[..., dict[str, str]]) -> None:
     for name, seed in (("one", 0), ("other", 1)):
         words = ["train", "configs/quickstart.yaml", "--run-dir", f"runs/{name}", "--set", f"run.seed={seed}"]
-        result = CliRunner().invoke(app, words)
-        assert result.exit_code == 0, result.output
+        carried_out(words)
 
 
 def test_a_report_and_comparisons(place: Callable[..., dict[str, str]], two_runs: None) -> None:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import pplr
 from pplr.apps.cli import app
-from tests.docs.pages import DOCS, blocks, commands
+from tests.docs.pages import DOCS, blocks, carried_out, told
 
 pytestmark = pytest.mark.slow
 
@@ -31,10 +31,10 @@ QUICK = {
 
 def configuration(page: str) -> dict:
     (block,) = (block for block in blocks(DOCS / "howto" / page) if block.kind == "yaml")
-    told = yaml.safe_load(block.text)
+    found = yaml.safe_load(block.text)
     for section, fields in QUICK.items():
-        told[section] = {**fields, **told.get(section, {})}
-    return told
+        found[section] = {**fields, **found.get(section, {})}
+    return found
 
 
 def write_games(folder: Path) -> None:
@@ -62,20 +62,17 @@ def carry_out(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> I
     folder = tmp_path_factory.mktemp("howto")
     shutil.copy(Path(__file__).parent / "loans.csv", folder)
     shutil.copytree(model_folder, folder / "models" / "our-llama")
-    told = configuration("own_data.md")
-    told["backbone"]["model"] = "models/our-llama"
-    (folder / "library.yaml").write_text(yaml.safe_dump(told))
+    settings = configuration("own_data.md")
+    settings["backbone"]["model"] = "models/our-llama"
+    (folder / "library.yaml").write_text(yaml.safe_dump(settings))
     write_games(folder / "data" / "amazon-games-2018")
 
     def carry_out(page: str) -> str:
+        here = {"RUN_DIR": "runs/library", "smollm2-135m": "models/our-llama"}
         printed = ""
-        for block in blocks(DOCS / "howto" / page):
-            for program, *words in commands(block) if block.kind == "sh" else ():
-                assert program == "pplr"
-                here = {"RUN_DIR": "runs/library", "smollm2-135m": "models/our-llama"}
-                result = CliRunner().invoke(app, [here.get(word, word) for word in words])
-                assert result.exit_code == 0, f"pplr {' '.join(words)}\n{result.output}"
-                printed += result.output
+        for program, *words in told(DOCS / "howto" / page, here):
+            assert program == "pplr"
+            printed += carried_out(words)
         return printed
 
     with pytest.MonkeyPatch.context() as patch:
@@ -107,9 +104,9 @@ def test_own_model_is_planned_cut_and_trained(carry_out: Callable[[str], str], l
     printed = carry_out("own_model.md")
     assert "client" in printed
     assert {path.name for path in Path("cut").iterdir()} == {"client", "server"}
-    told = configuration("own_data.md") | {"federation": {"clients": 2, "rounds": 1}}
-    told |= {key: {**told.get(key, {}), **own} for key, own in configuration("own_model.md").items()}
-    Path("model.yaml").write_text(yaml.safe_dump(told))
+    settings = configuration("own_data.md") | {"federation": {"clients": 2, "rounds": 1}}
+    settings |= {key: {**settings.get(key, {}), **own} for key, own in configuration("own_model.md").items()}
+    Path("model.yaml").write_text(yaml.safe_dump(settings))
     result = CliRunner().invoke(app, ["train", "model.yaml"])
     assert result.exit_code == 0, result.output
     metrics = json.loads(Path("runs/model/metrics.json").read_text())

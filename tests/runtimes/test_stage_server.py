@@ -21,6 +21,7 @@ from pplr.runtimes.identity import enroll_client, init_federation, read_kit, rea
 from pplr.runtimes.stage_channel import StageChannel
 from pplr.runtimes.stage_client import GrpcTransport
 from pplr.runtimes.stage_server import ServerLimits, StageServer
+from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
 from pplr.stages.model import CutModel
 from pplr.stages.optimizer import LocalObjective
@@ -30,6 +31,14 @@ from pplr.testing import TransportContract, random_adapter, refuses, same_state,
 PLAN = CutPlan(1, 1, 4)
 ADAPTER = AdapterConfig(rank=2, dropout=0.2)
 TRAINING = TrainingConfig(learning_rate=0.01, warmup_steps=1)
+
+
+def take_two_steps(model: ClientModel) -> None:
+    model.begin_round(2)
+    for step in range(2):
+        batch = model.backbone.pad([list(range(20)), list(range(30, 40))], [12, 5])
+        (model.train_loss(batch, step) / batch.targets).backward()
+        model.optimizer_step(0.5)
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +124,7 @@ def test_clients_of_different_cuts_share_one_base(federation, serve) -> None:
         ended = []
         for cut in (local, remote):
             model = cut.client("a", start)
-            model.begin_round(2)
-            for step in range(2):
-                batch = backbone.pad([list(range(20)), list(range(30, 40))], [12, 5])
-                (model.train_loss(batch, step) / batch.targets).backward()
-                model.optimizer_step(0.5)
+            take_two_steps(model)
             ended.append(model.adapter())
         assert all(torch.equal(ended[0][tensor], ended[1][tensor]) for tensor in start)
 
@@ -134,11 +139,7 @@ def test_a_server_that_runs_blocks_again_changes_no_bit(federation, serve, kind)
             connect=lambda _, plan: connect(server, federation / "one", plan, adapter=adapter),  # noqa: B023
         )  # fmt: skip
         model = cut.client("a", random_adapter(cut.shapes, seed=3, scale=0.1 if kind == "lora" else 0.01))
-        model.begin_round(2)
-        for step in range(2):
-            batch = backbone.pad([list(range(20)), list(range(30, 40))], [12, 5])
-            (model.train_loss(batch, step) / batch.targets).backward()
-            model.optimizer_step(0.5)
+        take_two_steps(model)
         ended.append(model.adapter())
         (session,) = server.tenancies.all()
         assert session.host.stage.recompute == (recompute and kind == "lora")

@@ -108,6 +108,19 @@ def steps(model: ClientModel, number: int, barrier: threading.Barrier | None = N
     return losses
 
 
+def assert_trained_alike(
+    models: Sequence[ClientModel],
+    losses: Sequence[Sequence[float]],
+    alone: Sequence[ClientModel],
+    wanted: Sequence[Sequence[float]],
+) -> None:
+    for own, found, other, expected in zip(models, losses, alone, wanted, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+        one, two = own.adapter(), other.adapter()
+        for name in two:
+            assert float((one[name] - two[name]).abs().max()) < 1e-4, name
+
+
 def begun(server: StageServer, federation: Path) -> list[ClientModel]:
     models = [connect(server, federation / name) for name in NAMES]
     for model in models:
@@ -123,11 +136,7 @@ def test_training_together_is_training_one_at_a_time(federation, serve, sizes) -
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda own: steps(own[1], own[0], barrier), enumerate(models)))
     assert sizes == [("forward", 3), ("backward", 3)] * 3
-    for number in range(3):
-        assert found[number] == pytest.approx(wanted[number], rel=1e-5)
-        one, other = models[number].adapter(), alone[number].adapter()
-        for name in other:
-            assert float((one[name] - other[name]).abs().max()) < 1e-4, name
+    assert_trained_alike(models, found, alone, wanted)
 
 
 def test_some_of_them_want_no_gradient_back(federation, serve, sizes) -> None:
@@ -143,11 +152,8 @@ def test_some_of_them_want_no_gradient_back(federation, serve, sizes) -> None:
     alone, models = begun(serve(together=1), federation), begun(serve(), federation)
     wanted, found = take_steps(alone), take_steps(models, threading.Barrier(3))
     assert sizes == [("forward", 3), ("backward", 3)] * 3
+    assert_trained_alike(models, found, alone, wanted)
     for number in range(3):
-        assert found[number] == pytest.approx(wanted[number], rel=1e-5)
-        one, other = models[number].adapter(), alone[number].adapter()
-        for name in other:
-            assert float((one[name] - other[name]).abs().max()) < 1e-4, name
         traffic = models[number].traffic
         assert traffic == alone[number].traffic
         assert traffic.bytes_up == (2 * traffic.bytes_down if number < 2 else traffic.bytes_down)

@@ -78,7 +78,7 @@ def cut_drawing(files: RunFiles) -> Drawing:
     total = getattr(cut, "total_layers", None)
     k, m = cut.input_layers, cut.output_layers
     end, ends = ("L", f"L-{m}" if m else "L") if total is None else (str(total), str(total - m))
-    middle = f"blocks {k} to {_before(ends)}"
+    middle = f"blocks {k} to {_before(ends)}" if _before(ends) != str(k) else f"block {k}"
     output = (f"blocks {ends} to {_before(end)}",) if m else ()
     spans = [
         Span(
