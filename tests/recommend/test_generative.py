@@ -332,7 +332,7 @@ def test_the_opening_of_prompts_crosses_once(trees: CausalLM, space: TitleSpace)
     one = cut.client("one", random_adapter(cut.shapes))
     for config in (EvaluationConfig(grounding="trie", beams=2), EvaluationConfig(beams=2, max_new_tokens=3)):
         ranker = GenerativeRanker(one, space, config, history_items=10)
-        one.close_openings()
+        one.openings.close()
         readings = []
         for _ in range(2):
             before = one.traffic.bytes_up

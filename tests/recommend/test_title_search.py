@@ -194,7 +194,7 @@ def test_the_opening_is_run_once_for_an_adapter(plan: CutPlan):
     check(one, runs_opening=True)
     check(other, runs_opening=False)
     model.set_adapter(random_adapter(cut.shapes, seed=1))
-    assert not model._openings
+    assert not model.openings
     check(other, runs_opening=True)
     check(one, runs_opening=False)
     for tensor in model.adapter().values():  # whoever writes it, and wherever it is
@@ -205,9 +205,9 @@ def test_the_opening_is_run_once_for_an_adapter(plan: CutPlan):
         cut.host.discard("one")
         check(other, runs_opening=model.transport is not None)
     model.begin_round(1)
-    assert not model._openings
+    assert not model.openings
     for start in range(5):
         model.opening([start, 7, 8])
-    assert len(model._openings) == 2
+    assert len(model.openings) == 2
     if cut.host is not None and model.transport is not None:
         assert len(cut.host._of("one").caches) == 2

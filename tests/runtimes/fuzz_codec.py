@@ -114,6 +114,10 @@ class Target:
                 ("Decode", pb.DecodeRequest(
                     cache=cache, states=states, total_tokens=max(lengths), total_lengths=lengths, rows=[]
                 )),
+                ("AppendRows", pb.AppendRequest(
+                    cache=cache, other=draw.choice((1, 2, 3)), rows=[0], keep=draw.choice(([], [0])),
+                    skip=draw.randrange(2),
+                )),
                 ("CloseCache", pb.CacheRequest(cache=cache)),
                 ("SetAdapter", pb.TensorsRequest(tensors=tensors)),
                 ("RestoreOptimizer", pb.TensorsRequest(

@@ -214,6 +214,10 @@ class World:
         fields = {"cache": self.attacker.cache, "total_tokens": 5, "total_lengths": [5, 4]}
         return self.send("Decode", pb.DecodeRequest(header=self.head(), states=message, **(fields | changes)))
 
+    def append(self, **changes: Any) -> bytes:
+        fields = {"cache": self.attacker.cache, "other": self.attacker.cache, "rows": [0]}
+        return self.send("AppendRows", pb.AppendRequest(header=self.head(), **(fields | changes)))
+
     def round(self, **changes: Any) -> bytes:
         fields: dict[str, Any] = {"total_steps": 5, "train_a": True}
         return self.send("BeginRound", pb.BeginRoundRequest(header=self.head(), **(fields | changes)))
@@ -402,6 +406,7 @@ THEIRS: dict[str, Callable[[Any], Any]] = {
     "Decode": lambda head: pb.DecodeRequest(
         header=head, cache=1, states=states((1, 1), left=True), total_tokens=5, total_lengths=[5, 4]
     ),
+    "AppendRows": lambda head: pb.AppendRequest(header=head, cache=1, other=1, rows=[0]),
     "CloseCache": lambda head: pb.CacheRequest(header=head, cache=1),
     "Discard": lambda head: pb.SimpleRequest(header=head),
     "Restore": lambda head: pb.SimpleRequest(header=head),
@@ -587,6 +592,9 @@ case("a mask and lengths", WRONG, lambda w: w.decode(states((1, 1), left=True), 
 case("a mask of the billion", WRONG, lambda w: w.decode(
     states((1, 1), left=True), total_lengths=[], total_tokens=HUGE, sees=b"\xff"
 ))  # fmt: skip
+case("rows of a cache for itself", WRONG, lambda w: w.append())
+case("rows for a cache that never was", WRONG, lambda w: w.append(cache=99))
+case("rows of a cache that never was", WRONG, lambda w: w.append(other=99))
 case("to close a cache that never was", STATE, lambda w: w.send(
     "CloseCache", pb.CacheRequest(header=w.head(), cache=2**63)
 ))  # fmt: skip

@@ -14,6 +14,8 @@ import torch
 from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import ServerLostError, TransportError, WireError
 from pplr.recommend.generation import generate
+from pplr.recommend.title_search import walk_titles
+from pplr.recommend.trie import TitleTrie
 from pplr.runtimes import codec
 from pplr.runtimes import stage_pb2 as pb
 from pplr.runtimes.framing import SERVICE, frames, joined
@@ -379,6 +381,80 @@ def test_rows_and_lengths_that_do_not_meet_the_cache_are_refused(federation, ser
     with refuses(TransportError, "row 7 of a cache of 2 rows"):
         one.decode(drawn(1, 1), StageCall(attention_mask=torch.ones(1, 6, dtype=torch.long)), cache)
     assert one.adapter()
+
+
+def _two_caches(one: GrpcTransport) -> tuple[int, int]:
+    """Open a cache of two rows, four and three tokens long, and one of two rows of two."""
+    cache, other = one.open_cache(), one.open_cache()
+    one.decode(drawn(2, 4), StageCall(attention_mask=torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])), cache)
+    one.decode(drawn(2, 2), StageCall(attention_mask=torch.ones(2, 2, dtype=torch.long)), other)
+    return cache, other
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": [2]}, "row 2 of a cache of 2 rows"),
+        ({"rows": [2**32 - 1]}, "row 4294967295 of a cache"),
+        ({"rows": []}, "or none"),
+        ({"rows": [0] * 5}, "7 rows of a cache"),
+        ({"rows": [0] * 99}, "99 rows of a cache"),
+        ({"keep": [2]}, "row 2 of a cache of 2 rows"),
+        ({"keep": [0] * 99}, "99 rows of a cache"),
+        ({"keep": [0], "skip": 1}, "0 of which can go"),
+        ({"keep": [1], "skip": 2}, "1 of which can go"),
+        ({"skip": 2**32 - 1}, "let go of the first 4294967295 tokens"),
+        ({"other": "empty"}, "of an empty one"),
+        ({"cache": "empty", "skip": 1}, "a cache of 0"),
+        ({"rows": [0] * 3}, "24 tokens that are in caches, at most 23"),
+    ],
+)
+def test_rows_that_cannot_be_appended_are_refused_and_change_nothing(federation, serve, changes, message) -> None:
+    one = connect(serve(limits=ServerLimits(max_rows=6, max_cache_tokens=23)), federation / "one")
+    cache, other = _two_caches(one)
+    named = {"cache": cache, "other": other, "empty": one.open_cache()}
+    wanted = {name: named.get(value, value) if isinstance(value, str) else value for name, value in changes.items()}
+    request = pb.AppendRequest(header=one._header(), **({"cache": cache, "other": other, "rows": [0]} | wanted))
+    with refuses(TransportError, message):
+        one._exchange("AppendRows", request, pb.Done)
+    mask = torch.tensor([[1] * 5, [0] + [1] * 4])
+    assert one.decode(drawn(2, 1), StageCall(attention_mask=mask), cache).isfinite().all()
+    one.append_rows(cache, other, torch.tensor([1]), 0)
+
+
+def test_rows_of_blocks_that_look_back_a_limited_way_are_not_moved(federation, serve) -> None:
+    backbone = tiny_backbone("mistral", sliding_window=4)
+    one = connect(serve(backbone), federation / "one", base_sha256=backbone.fingerprint())
+    cache, other = _two_caches(one)
+    with refuses(TransportError, "look back a limited way"):
+        one.append_rows(cache, other, torch.tensor([0]), 0)
+
+
+def test_users_join_a_running_search_as_in_one_process(federation, serve) -> None:
+    backbone = tiny_backbone()
+    server = serve(backbone)
+    local = CutModel(backbone, PLAN, ADAPTER, TRAINING)
+    remote = CutModel(
+        backbone, PLAN, ADAPTER, TRAINING, connect=lambda _, plan: connect(server, federation / "one", plan)
+    )
+    start = random_adapter(local.shapes, seed=4)
+    draw = torch.Generator().manual_seed(3)
+    words = ("oak", "oat", "oats", "elm", "elder", "elder tree", "yew", "fir", "fir tree of the north")
+    prompts = [
+        torch.randint(0, 256, (length,), generator=draw).tolist() for length in (9, 4, 13, 2, 6, 11, 3, 5, 8) * 2
+    ]
+    options = {"beams": 3, "exclude": [[number % 9] for number in range(18)], "places": 4}
+    trie = TitleTrie([list(word.encode()) for word in words], 256)
+    calls: list[str] = []
+    answer = server._answer
+    server._answer = lambda method, *rest: calls.append(method) or answer(method, *rest)
+    here, there = (dict(walk_titles(cut.client("one", start), prompts, trie, **options)) for cut in (local, remote))
+    assert calls.count("AppendRows") >= 2
+    assert here.keys() == there.keys() == set(range(18))
+    for user, found in here.items():
+        assert [items for items, _ in found] == [items for items, _ in there[user]]
+        assert [score for _, score in found] == pytest.approx([score for _, score in there[user]], rel=1e-5, abs=1e-5)
+    assert not server.tenancies.all()[0].caches
 
 
 @pytest.mark.parametrize("beams", [1, 3])

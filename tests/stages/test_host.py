@@ -43,6 +43,7 @@ USES: dict[str, Callable[[StageHost, str], object]] = {
     "open_cache": lambda host, client: host.open_cache(client),
     "decode": lambda host, client: host.decode(client, STATES, CALL, 1),
     "reorder_cache": lambda host, client: host.reorder_cache(client, 1, torch.tensor([0])),
+    "append_rows": lambda host, client: host.append_rows(client, 1, 2, torch.tensor([0]), 0),
     "close_cache": lambda host, client: host.close_cache(client, 1),
     "adapter": lambda host, client: host.adapter(client),
     "set_adapter": lambda host, client: host.set_adapter(client, {}),

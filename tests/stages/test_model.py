@@ -119,7 +119,7 @@ def test_the_cut_model_is_the_uncut_model(truth: Truth, plan: CutPlan):
     for _ in range(STEPS):
         (model.train_loss(truth.batch, 0) / truth.batch.targets).backward()
         model.optimizer_step(CLIP)
-    _assert_near(model.adapter(), truth.trained, 1e-5)
+    _assert_near(model.adapter(), truth.trained, 1e-4)  # Adam moves what hardly has a gradient as far as the rest
     _assert_unlike(model.adapter(), truth.start)
 
 

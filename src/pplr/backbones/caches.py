@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
+from pplr.errors import BackboneError
+
 __all__ = ["append_rows"]
 
 
@@ -18,7 +20,14 @@ def append_rows(cache: DynamicCache, other: DynamicCache, rows: Tensor, skip: in
         other: Of the same blocks. It stays as it is.
         rows: (B,) which of its rows.
         skip: How many of the first tokens of ``cache`` to let go of.
+
+    Raises:
+        BackboneError: The blocks look back a limited way; nothing was moved.
     """
+    if any(getattr(layer, "is_sliding", False) for layer in (*cache.layers, *other.layers)):
+        raise BackboneError(
+            "rows moved between caches of blocks that look back a limited way", cure="Run what they hold again."
+        )
     for number, (own, more) in enumerate(zip(cache.layers, other.layers, strict=True)):
         if more.keys is None or more.values is None:
             continue

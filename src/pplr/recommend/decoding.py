@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pplr.backbones.causal_lm import CausalLM
 from pplr.backbones.shared_row import common_prefix
-from pplr.stages.client_model import ClientModel, GenerationCache
+from pplr.stages.client_model import ClientModel
+from pplr.stages.generation import GenerationCache
 from pplr.stages.stage import StageCall
 
 __all__ = ["Beams", "PackedBeams", "RowBeams", "TokenTree", "beams_of", "padded_left"]

@@ -185,10 +185,8 @@ class GenerativeRanker:
 
     @property
     def queues(self) -> bool:
-        """Whether users can join those who are under way: by the trie, in one process, without a guard's noise."""
-        return (
-            self._trie is not None and self._backbone.takes_masks and self._model.moves_rows and not self._model.guard
-        )
+        """Whether users can join those who are under way: by the trie, without a guard's noise."""
+        return self._trie is not None and self._backbone.takes_masks and not self._model.guard
 
     def queued(self, cases: Sequence[Case], places: int) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
         """Score cases of which so many are under way at a time; see :class:`~pplr.recommend.evaluation.QueueRanker`."""

@@ -186,7 +186,7 @@ def walk_titles(
     """Find titles as :func:`search_titles` does, of users who wait in a queue until there is a place for them.
 
     Whoever is done leaves; once a quarter of the places is free, those who are next are run and join those who are
-    still there. Across a network nobody joins: the next enter when all are done.
+    still there.
 
     Args:
         model: As there, and so are the others but the last.
@@ -216,7 +216,7 @@ def walk_titles(
         tree, going = TokenTree(model, backbone, stack.enter_context(model.generation()), opening), list[int]()
         while waiting or going:
             free = places - len(going)
-            if waiting and (not going or (model.moves_rows and free >= min(len(waiting), max(1, places // _SHARE)))):
+            if waiting and (not going or free >= min(len(waiting), max(1, places // _SHARE))):
                 new, waiting = waiting[:free], waiting[free:]
                 if not going and tree.is_used:
                     stack.close()

@@ -15,7 +15,7 @@ __all__ = ["FRAME_BYTES", "PROTOCOL", "REFUSED", "SERVICE", "frames", "joined", 
 SERVICE = "pplr.Stage"
 """The gRPC service; each call is a stream of frames each way."""
 
-PROTOCOL = "3"
+PROTOCOL = "4"
 """What both sides must speak alike."""
 
 FRAME_BYTES = 1 << 20

@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
 from google.protobuf.message import Message
 from torch import Tensor
 
 from pplr.config import AdapterConfig, TrainingConfig
-from pplr.errors import LimitError, TransportError, WireError
+from pplr.errors import TransportError
 from pplr.runtimes import codec
 from pplr.runtimes import stage_pb2 as pb
 from pplr.runtimes.codec import Wire
-from pplr.runtimes.stage_passes import TrainingPasses, check_tokens
+from pplr.runtimes.stage_generation import Generations
+from pplr.runtimes.stage_passes import TrainingPasses, refuse
 from pplr.runtimes.stage_state import Owner
-from pplr.runtimes.stage_tenancies import CacheState, Session, Settings, Tenancies, check_optimizer
+from pplr.runtimes.stage_tenancies import Session, Settings, Tenancies, check_optimizer
 from pplr.stages.cut import CutPlan
 from pplr.stages.optimizer import LocalObjective
-from pplr.stages.stage import StageCall
 
 __all__ = ["OperatorCalls", "SessionCalls"]
 
@@ -45,6 +44,7 @@ class SessionCalls:
     def __init__(self, tenancies: Tenancies, passes: TrainingPasses, wires: tuple[Wire, ...]) -> None:
         self._tenancies, self._passes, self._wires = tenancies, passes, wires
         self._limits, self._backbone = tenancies.limits, tenancies.backbone
+        generations = Generations(tenancies, passes)
         self.answers: Answers = {
             "Forward": (pb.ForwardRequest, passes.forward),
             "Backward": (pb.BackwardRequest, passes.backward),
@@ -53,9 +53,10 @@ class SessionCalls:
             "GradientNorm": (pb.NormRequest, self._gradient_norm),
             "OptimizerStep": (pb.StepRequest, self._optimizer_step),
             "EndRound": (pb.SimpleRequest, self._end_round),
-            "OpenCache": (pb.SimpleRequest, self._open_cache),
-            "Decode": (pb.DecodeRequest, self._decode),
-            "CloseCache": (pb.CacheRequest, self._close_cache),
+            "OpenCache": (pb.SimpleRequest, generations.open_cache),
+            "Decode": (pb.DecodeRequest, generations.decode),
+            "AppendRows": (pb.AppendRequest, generations.append_rows),
+            "CloseCache": (pb.CacheRequest, generations.close_cache),
             "Adapter": (pb.SimpleRequest, self._adapter),
             "SetAdapter": (pb.TensorsRequest, self._set_adapter),
             "OptimizerState": (pb.SimpleRequest, self._optimizer_state),
@@ -70,27 +71,27 @@ class SessionCalls:
         """Open a session."""
         tenant = request.tenant
         if not (1 <= len(tenant) <= _TENANT and tenant.isprintable() and len(tenant.encode()) <= _TENANT_BYTES):
-            _refuse(
+            refuse(
                 f"a tenancy with a name of {len(tenant)} letters",
                 f"Use 1 to {_TENANT} printable letters, and at most {_TENANT_BYTES} bytes of UTF-8.",
             )
         if request.base_sha256 != self._tenancies.base:
-            _refuse(
+            refuse(
                 "your bundle was cut from another base than this server's",
                 "Use bundles of one `pplr cut`, or cuts of the same checkpoint in the same number format.",
             )
         plan = CutPlan(request.input_layers, request.output_layers, self._backbone.total_layers)
         if plan.is_whole or request.total_layers != plan.total_layers:
-            _refuse(
+            refuse(
                 f"a cut of {request.total_layers} blocks that leaves the server none of its {plan.total_layers}",
                 "Cut the model that this server serves.",
             )
         if len(request.wires) > _WIRES:
-            _refuse(f"{len(request.wires)} forms in which states may travel", f"Name at most {_WIRES}.")
+            refuse(f"{len(request.wires)} forms in which states may travel", f"Name at most {_WIRES}.")
         wanted = [Wire.of(number) for number in request.wires]
         allowed = [wire for wire in wanted if wire in self._wires]
         if not allowed:
-            _refuse(
+            refuse(
                 f"states are to travel as {', '.join(wire.value for wire in wanted) or 'nothing'}, this server takes "
                 + ", ".join(wire.value for wire in self._wires),
                 "Set runtime.wire to one of these.",
@@ -99,7 +100,7 @@ class SessionCalls:
             adapter = AdapterConfig.model_validate_json(request.adapter_json)
             training = TrainingConfig.model_validate_json(request.training_json)
         except ValueError:
-            _refuse("unreadable adapter or training settings", "Use the same version on both sides.")
+            refuse("unreadable adapter or training settings", "Use the same version on both sides.")
         owner, settings = Owner(client, request.tenant), Settings(plan, adapter, training)
         session = self._tenancies.open(owner, settings, allowed, request.attempt, keep=request.keep)
         return pb.HelloReply(
@@ -122,7 +123,7 @@ class SessionCalls:
         if request.has_anchor:
             anchor = self._tensors_in(session.name, request.anchor, session.host.stage.shapes, "anchor")
         if not (math.isfinite(request.proximal_mu) and request.proximal_mu >= 0 and request.total_steps >= 1):
-            _refuse("a round of no steps, or a pull that is no strength", "Use the client of this version.")
+            refuse("a round of no steps, or a pull that is no strength", "Use the client of this version.")
         objective = LocalObjective(proximal_mu=request.proximal_mu, train_a=request.train_a)
         session.host.begin_round(session.name, request.total_steps, objective, anchor)
         session.in_round = True
@@ -133,90 +134,13 @@ class SessionCalls:
 
     def _optimizer_step(self, session: Session, request: Any) -> Any:
         if not 0.0 <= request.scale <= 1.0:
-            _refuse("a clipping factor outside [0, 1]", "Look for a training that diverges.")
+            refuse("a clipping factor outside [0, 1]", "Look for a training that diverges.")
         session.host.optimizer_step(session.name, request.scale)
         return pb.Done()
 
     def _end_round(self, session: Session, request: Any) -> Any:
         session.host.end_round(session.name)
         session.in_round = False
-        return pb.Done()
-
-    # -- generation -------------------------------------------------------------------------------------------
-
-    def _open_cache(self, session: Session, request: Any) -> Any:
-        if len(session.caches) >= self._limits.max_caches:
-            raise LimitError("too many open caches", cure="Close those that are done.")
-        cache = session.host.open_cache(session.name)
-        session.caches[cache] = CacheState()
-        return pb.CacheReply(cache=cache)
-
-    def _decode(self, session: Session, request: Any) -> Any:
-        if request.states.HasField("prefix"):
-            _refuse("new tokens of a cache in one row", "Send them padded on the left.")
-        states, new = self._passes.states_in(session, request.states)
-        cache = session.caches.get(request.cache)
-        if cache is None:
-            _refuse(f"no open cache {request.cache}", "Open one, and do not use it after closing.")
-        held = cache.lengths
-        if request.rows:
-            if len(request.rows) > self._limits.max_rows:
-                raise LimitError(f"{len(request.rows)} rows of a cache", cure="Use fewer beams or smaller batches.")
-            if max(request.rows) >= len(held):
-                _refuse(f"row {max(request.rows)} of a cache of {len(held)} rows", "Keep rows that are there.")
-            held = tuple(held[row] for row in request.rows)
-        elif not held:
-            held = (0,) * states.shape[0]
-        tokens, sees = states.shape[1], len(request.sees) > 0
-        total = tuple(h + n for h, n in zip(held, new.tolist(), strict=False))
-        gaps = any(h > 0 and n < tokens for h, n in zip(held, new.tolist(), strict=False))
-        padded = request.states.padded_left or all(n == tokens for n in new.tolist())
-        meets = len(request.total_lengths) == len(held) and total == tuple(request.total_lengths)
-        if sees:  # the mask says it all
-            gaps, meets = False, not request.total_lengths
-        if len(held) != states.shape[0] or gaps or not padded or not meets or (cache.told and not sees) or (
-            request.total_tokens != cache.tokens + tokens
-        ):  # fmt: skip
-            _refuse("rows or lengths that do not meet the cache", "Say what the cache holds, padded on the left.")
-        if request.total_tokens > self._limits.max_tokens:
-            raise LimitError(
-                f"sequences of {request.total_tokens} tokens, at most {self._limits.max_tokens} are granted",
-                cure="Shorten prompts or answers.",
-            )
-        open_tokens = sum(
-            own.tokens * len(own.lengths)
-            for other in self._tenancies.of(session.owner.client)
-            for own in other.caches.values()
-            if own is not cache
-        )
-        check_tokens(open_tokens + request.total_tokens * len(held), self._limits.max_cache_tokens, "are in caches")
-        call = self._decode_call(request, total, tokens)
-        try:
-            if request.rows:
-                rows = torch.tensor(list(request.rows), dtype=torch.long, device=states.device)
-                session.host.reorder_cache(session.name, request.cache, rows)
-            left = session.host.decode(session.name, states, call, request.cache)
-            reply = pb.StatesReply(
-                states=codec.encode_states(left, new, session.wire, padded_left=request.states.padded_left)
-            )
-        except Exception:
-            session.close_cache(request.cache)  # it may be half extended
-            raise
-        session.caches[request.cache] = CacheState(request.total_tokens, total, sees or cache.told)
-        return reply
-
-    def _decode_call(self, request: Any, total: tuple[int, ...], tokens: int) -> StageCall:
-        """Make the mask and the positions of new tokens from what a request says of them."""
-        device = self._backbone.device
-        if request.sees:
-            sees = codec.decode_sees(request.sees, len(total), tokens, request.total_tokens).to(device)
-            return StageCall(attention_mask=sees[:, None], position_ids=sees.sum(dim=2) - 1)
-        most_rows, most = self._limits.max_rows, self._limits.max_tokens
-        mask = codec.left_mask(request.total_tokens, total, max_rows=most_rows, max_tokens=most).to(device)
-        return StageCall(attention_mask=mask, position_ids=codec.positions_of(mask, tokens))
-
-    def _close_cache(self, session: Session, request: Any) -> Any:
-        session.close_cache(request.cache)
         return pb.Done()
 
     # -- state ------------------------------------------------------------------------------------------------
@@ -346,13 +270,9 @@ def _write_adapter(session: Session, message: Any, max_bytes: int) -> None:
     given = {tensor.name for tensor in message.tensors}
     shapes = session.host.stage.shapes
     if unknown := sorted(given - shapes.keys()):
-        _refuse(f"{session.name}'s middle adapter has no {unknown[0][:100]!r}", "Send tensors of this cut's middle.")
+        refuse(f"{session.name}'s middle adapter has no {unknown[0][:100]!r}", "Send tensors of this cut's middle.")
     expected = {name: shape for name, shape in shapes.items() if name in given}
     tensors = codec.decode_tensors(
         message, expected, whose=f"{session.name}'s middle adapter", max_bytes=max_bytes, max_norm=None
     )
     session.host.set_adapter(session.name, tensors)
-
-
-def _refuse(what: str, cure: str) -> NoReturn:
-    raise WireError(what, cure=cure)

@@ -255,6 +255,18 @@ class GrpcTransport:
         before, chosen = self._rows[cache], rows.tolist()
         self._rows[cache] = chosen if before is None else [before[row] for row in chosen]
 
+    def append_rows(self, cache: int, other: int, rows: Tensor, skip: int) -> None:
+        """Append rows of another open cache; rows that are not to be kept are let go of by the same message."""
+        self._check_open(cache)
+        self._check_open(other)
+        kept, theirs = self._rows[cache], self._rows[other]
+        chosen = [int(row) if theirs is None else theirs[row] for row in rows.tolist()]
+        request = pb.AppendRequest(
+            header=self._header(), cache=cache, other=other, rows=chosen, keep=kept or (), skip=skip
+        )
+        self._exchange("AppendRows", request, pb.Done)
+        self._rows[cache] = None
+
     def close_cache(self, cache: int) -> None:
         """Let go of a cache."""
         self._check_open(cache)

@@ -5,7 +5,7 @@ Both are apart from the computing between them, so that passes of several client
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from pplr.runtimes.stage_tenancies import Session, Tenancies
 from pplr.stages.host import Asked
 from pplr.stages.stage import StageCall
 
-__all__ = ["TrainingPasses", "check_tokens"]
+__all__ = ["TrainingPasses", "check_tokens", "refuse"]
 
 
 class TrainingPasses:
@@ -142,6 +142,15 @@ def check_tokens(tokens: int, most: int, what: str) -> None:
             f"{tokens} tokens that {what}, at most {most} are granted to a client",
             cure="Use smaller batches (training.micro_batch_size, evaluation.batch_size, evaluation.beams).",
         )
+
+
+def refuse(what: str, cure: str) -> NoReturn:
+    """Refuse what a client sent.
+
+    Raises:
+        WireError: Always.
+    """
+    raise WireError(what, cure=cure)
 
 
 def _layout(message: Any) -> tuple[int, ...] | SharedRow:

@@ -233,6 +233,22 @@ class DecodeRequest(_message.Message):
     sees: bytes
     def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., cache: _Optional[int] = ..., states: _Optional[_Union[States, _Mapping]] = ..., total_tokens: _Optional[int] = ..., total_lengths: _Optional[_Iterable[int]] = ..., rows: _Optional[_Iterable[int]] = ..., sees: _Optional[bytes] = ...) -> None: ...
 
+class AppendRequest(_message.Message):
+    __slots__ = ("header", "cache", "other", "rows", "keep", "skip")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
+    OTHER_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    SKIP_FIELD_NUMBER: _ClassVar[int]
+    header: Header
+    cache: int
+    other: int
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    keep: _containers.RepeatedScalarFieldContainer[int]
+    skip: int
+    def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., cache: _Optional[int] = ..., other: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., keep: _Optional[_Iterable[int]] = ..., skip: _Optional[int] = ...) -> None: ...
+
 class TensorsRequest(_message.Message):
     __slots__ = ("header", "tensors")
     HEADER_FIELD_NUMBER: _ClassVar[int]

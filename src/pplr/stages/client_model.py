@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,31 +19,16 @@ from pplr.backbones.caches import append_rows
 from pplr.config import TrainingConfig
 from pplr.errors import CheckpointError, ConfigError, TransportError
 from pplr.stages.boundary import Crossing, Guard
+from pplr.stages.generation import GenerationCache, Openings
 from pplr.stages.optimizer import LocalObjective, StageOptimizer
 from pplr.stages.pipeline import Ends, MicroBatch, train_overlapped
 from pplr.stages.stage import Member, Stage, StageCall
-from pplr.stages.transport import LocalTransport, MovingTransport, TakingTransport, Traffic, Transport
+from pplr.stages.transport import KeepingTransport, LocalTransport, TakingTransport, Traffic, Transport
 
-__all__ = ["ClientModel", "GenerationCache"]
+__all__ = ["ClientModel"]
 
-_OPENINGS_KEPT = 2
 _SETTLED_TOKENS = 64
 """Histories are computed in a multiple of this length where the input stage has settled."""
-
-
-@dataclass
-class GenerationCache:
-    """Keys and values of one generation, in every stage.
-
-    Args:
-        input: Of the input stage.
-        middle: Number of the open cache behind the transport.
-        output: Of the output stage.
-    """
-
-    input: Any
-    middle: int | None
-    output: Any
 
 
 class ClientModel:
@@ -83,8 +67,7 @@ class ClientModel:
         self.keeps_constants = False
         self.has_settled = guard is not None and guard.settle_rounds is not None
         self._constants_are_old = self._lacks_constants(initial)
-        self._openings: dict[tuple[int, ...], GenerationCache] = {}
-        self._opened_for: tuple[int, ...] = ()
+        self.openings = Openings(self._open, self._version, transport)
 
     def settle(self, server_round: int) -> None:
         """Enter a server round: say whether the input stage stays as it is, as it does outside of training.
@@ -299,16 +282,11 @@ class ClientModel:
         caches = [self.backbone.new_cache(stage.blocks) for stage in self._stages]
         return GenerationCache(caches[0], None if self.transport is None else self.transport.open_cache(), caches[1])
 
-    @property
-    def moves_rows(self) -> bool:
-        """Whether rows can move from one cache to another: not where the middle one is across a network."""
-        return self.transport is None or isinstance(self.transport, MovingTransport)
-
     def append_rows(self, cache: GenerationCache, other: GenerationCache, rows: Tensor, skip: int = 0) -> None:
         """Append rows of other caches in every stage; see :func:`~pplr.backbones.caches.append_rows`."""
         for own, more in ((cache.input, other.input), (cache.output, other.output)):
             append_rows(own, more, rows, skip)
-        if isinstance(self.transport, MovingTransport) and cache.middle is not None and other.middle is not None:
+        if self.transport is not None and cache.middle is not None and other.middle is not None:
             self.transport.append_rows(cache.middle, other.middle, rows, skip)
 
     @torch.no_grad()
@@ -321,42 +299,26 @@ class ClientModel:
         Args:
             tokens: What every prompt begins with, whoever it is about.
         """
-        if not self.moves_rows or self.guard is not None or not tokens:
+        if self.guard is not None or not tokens:
             return None
-        version = self._version()
-        if version != self._opened_for:
-            self.close_openings()
-        kept = self._openings.get(tuple(tokens))
-        if kept is not None and kept.middle is not None and isinstance(self.transport, MovingTransport):
-            kept = kept if self.transport.holds_cache(kept.middle) else None  # it was let go of after an error
-        if kept is None:
-            kept = self._open_cache()
-            device = self.backbone.device
-            call = StageCall(
-                attention_mask=torch.ones(1, len(tokens), dtype=torch.long, device=device),
-                position_ids=torch.arange(len(tokens), device=device)[None],
-            )
-            self.decode(torch.tensor([list(tokens)], device=device), call, kept)
-            while len(self._openings) >= _OPENINGS_KEPT:
-                self._close_opening(next(iter(self._openings)))
-            self._openings[tuple(tokens)], self._opened_for = kept, version
-        return kept
+        if not (self.transport is None or isinstance(self.transport, KeepingTransport)):
+            return None
+        return self.openings.of(tuple(tokens))
+
+    def _open(self, tokens: Sequence[int]) -> GenerationCache:
+        """Run one row into new caches."""
+        cache, device = self._open_cache(), self.backbone.device
+        call = StageCall(
+            attention_mask=torch.ones(1, len(tokens), dtype=torch.long, device=device),
+            position_ids=torch.arange(len(tokens), device=device)[None],
+        )
+        self.decode(torch.tensor([list(tokens)], device=device), call, cache)
+        return cache
 
     def _version(self) -> tuple[int, ...]:
         """Number the state of every stage's adapter."""
         own = [member.version for member in self._members]
-        return (*own, self.transport.adapter_version()) if isinstance(self.transport, MovingTransport) else tuple(own)
-
-    def _close_opening(self, tokens: tuple[int, ...]) -> None:
-        kept = self._openings.pop(tokens)
-        moving = self.transport if isinstance(self.transport, MovingTransport) else None
-        if moving is not None and kept.middle is not None and moving.holds_cache(kept.middle):
-            moving.close_cache(kept.middle)
-
-    def close_openings(self) -> None:
-        """Let go of what :meth:`opening` kept."""
-        for tokens in list(self._openings):
-            self._close_opening(tokens)
+        return (*own, self.transport.adapter_version()) if isinstance(self.transport, KeepingTransport) else tuple(own)
 
     @torch.no_grad()
     def decode(self, input_ids: Tensor, call: StageCall, cache: GenerationCache) -> Tensor:
@@ -381,7 +343,7 @@ class ClientModel:
         self, total_steps: int, objective: LocalObjective | None = None, anchor: AdapterState | None = None
     ) -> None:
         """Prepare a round of local training; see :class:`~pplr.stages.optimizer.StageOptimizer`."""
-        self.close_openings()
+        self.openings.close()
         objective = objective or LocalObjective()
         for member in self._members:
             member.optimizer.begin_round(total_steps, objective, anchor)
@@ -496,7 +458,7 @@ class ClientModel:
         """
         for member in self._members:
             member.check(state, whose="the adapter to go on with")
-        self.close_openings()
+        self.openings.close()
         if self.transport is not None:
             self.transport.set_adapter(state)
         for member in self._members[1:] if self.has_settled else self._members:

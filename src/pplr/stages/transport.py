@@ -13,7 +13,7 @@ from pplr.stages.host import StageHost
 from pplr.stages.optimizer import LocalObjective, StageOptimizer
 from pplr.stages.stage import StageCall
 
-__all__ = ["LocalTransport", "MovingTransport", "TakingTransport", "Traffic", "Transport"]
+__all__ = ["KeepingTransport", "LocalTransport", "TakingTransport", "Traffic", "Transport"]
 
 
 @dataclass
@@ -72,6 +72,9 @@ class Transport(Protocol):
     def reorder_cache(self, cache: int, rows: Tensor) -> None:
         """Keep the given rows of a cache."""
 
+    def append_rows(self, cache: int, other: int, rows: Tensor, skip: int) -> None:
+        """Append rows of another open cache; see :func:`~pplr.backbones.caches.append_rows`."""
+
     def close_cache(self, cache: int) -> None:
         """Let go of a cache."""
 
@@ -100,11 +103,8 @@ class TakingTransport(Transport, Protocol):
 
 
 @runtime_checkable
-class MovingTransport(Transport, Protocol):
-    """A transport over which rows can move from one open cache to another."""
-
-    def append_rows(self, cache: int, other: int, rows: Tensor, skip: int) -> None:
-        """Append rows of another open cache; see :func:`~pplr.backbones.caches.append_rows`."""
+class KeepingTransport(Transport, Protocol):
+    """A transport behind which a cache can be kept from one generation to the next, as it tells when it is old."""
 
     def holds_cache(self, cache: int) -> bool:
         """Tell whether a cache is open."""

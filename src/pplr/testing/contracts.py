@@ -342,6 +342,26 @@ class TransportContract:
         for one, other in zip(*told, strict=True):
             assert torch.equal(one, other)
 
+    def test_rows_join_those_of_another_cache(self) -> None:
+        """Rows appended to a cache go on as they do by themselves in the uncut model."""
+        cut = self.cut()
+        start = random_adapter(cut.shapes)
+        model, whole = self.admit(cut, "one", start), self.whole(start)
+        tokens = torch.arange(24).reshape(2, 12) * 7 % 256
+        mask = torch.tensor([[1] * 9, [0] * 5 + [1] * 4])
+        with model.generation() as cache, model.generation() as other:
+            model.decode(tokens[:, :8].flip(0), _decode_call(torch.ones(2, 8, dtype=torch.long), 8), cache)
+            model.decode(tokens[1:, :3], _decode_call(torch.ones(1, 3, dtype=torch.long), 3), other)
+            model.reorder(cache, torch.tensor([1]))
+            model.append_rows(cache, other, torch.tensor([0]))
+            last = torch.stack([tokens[0, 8:9], tokens[1, 3:4]])
+            told = model.decode(last, _decode_call(mask, 1), cache)
+        for row, length in enumerate((9, 4)):
+            ones = torch.ones(1, length, dtype=torch.long)
+            with whole.generation() as cache:
+                alone = whole.decode(tokens[row : row + 1, :length], _decode_call(ones, length), cache)
+            torch.testing.assert_close(told[row, -1], alone[0, -1], rtol=1e-4, atol=1e-5)
+
     def test_counts_what_crosses_and_no_padding(self) -> None:
         """Bytes are real tokens times D times the bytes of a number, once for each direction and pass.
 
@@ -427,6 +447,8 @@ class TransportContract:
             lambda: transport.close_cache(cache),
             lambda: transport.reorder_cache(cache, torch.tensor([0])),
             lambda: transport.decode(states, call, cache),
+            lambda: transport.append_rows(transport.open_cache(), cache, torch.tensor([0]), 0),
+            lambda: transport.append_rows(cache, transport.open_cache(), torch.tensor([0]), 0),
         ):
             with refuses(TransportError):
                 use()
