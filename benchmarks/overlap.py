@@ -107,7 +107,9 @@ def _clients_of_a_pass(place: Deployment, address: str) -> float:
     return found["sum"] / max(1.0, found["count"])
 
 
-def clients(place: Deployment, count: int, sizes: Sequence[int], window_s: float, turns: int) -> dict[str, Any]:
+def clients(
+    place: Deployment, count: int, sizes: Sequence[int], window_s: float, turns: int, most_of_a_pass: int | None = None
+) -> dict[str, Any]:
     """Let clients train at once, on a server that takes them together and on one that does not, and one alone.
 
     Args:
@@ -116,6 +118,7 @@ def clients(place: Deployment, count: int, sizes: Sequence[int], window_s: float
         sizes: Samples of a batch; the first is bound.
         window_s: Seconds of one client alone; all at once get four times as many.
         turns: Measurements of each way and size.
+        most_of_a_pass: Clients that the one server takes together; all by default.
     """
     most = max(sizes)
     config = quickstart(f"training.samples={2 * count * most}")
@@ -128,7 +131,7 @@ def clients(place: Deployment, count: int, sizes: Sequence[int], window_s: float
         addresses: dict[str, str] = {}
         started: dict[str, list[Process]] = {}
         for letter, (way, options) in zip("ab", SERVERS.items(), strict=True):
-            addresses[way], _ = stack.enter_context(place.server("bfloat16", *options(count)))
+            addresses[way], _ = stack.enter_context(place.server("bfloat16", *options(most_of_a_pass or count)))
             started[way] = []
             for number in range(count):
                 own = encoded[2 * number * most : 2 * (number + 1) * most]
@@ -230,7 +233,8 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=5, help="training steps of each way")
     parser.add_argument("--clients", type=int, default=5)
-    parser.add_argument("--client-batches", type=int, nargs="+", default=[4, 8], help="the first is bound")
+    parser.add_argument("--together", type=int, help="most clients of a pass; all by default")
+    parser.add_argument("--client-batches", type=int, nargs="+", default=[4, 1], help="the first is bound")
     parser.add_argument("--window", type=float, default=4.0, help="seconds of one client alone; all at once get more")
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4], help="samples of each client in a pass")
@@ -243,7 +247,12 @@ def main() -> None:
         parts = {
             "in_flight": lambda: in_flight(place, arguments.batch_size, arguments.micro_batch, arguments.steps),
             "clients": lambda: clients(
-                place, arguments.clients, arguments.client_batches, arguments.window, arguments.windows
+                place,
+                arguments.clients,
+                arguments.client_batches,
+                arguments.window,
+                arguments.windows,
+                arguments.together,
             ),
             "ceiling": lambda: ceiling(arguments.clients, arguments.sizes, arguments.turns),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,6 +51,14 @@ class OneAtATime:
             pad_token_id=backbone.end_token,
         )
         self.written: list[int] = []
+
+    def stopping_at(self, stop_tokens: Sequence[int]) -> OneAtATime:
+        """Return the same, around the same model, for which these tokens end an answer as the end token does."""
+        other = copy.copy(self)
+        other._settings = copy.deepcopy(self._settings)
+        other._settings.eos_token_id = [self._backbone.end_token, *stop_tokens]
+        other.written = []
+        return other
 
     @torch.no_grad()
     def embed(self, text: str) -> Tensor:

@@ -223,7 +223,7 @@ def test_a_last_item_that_precedes_nothing_stays_out_and_nothing_else_changes(pl
     assert found[0][1].keys() == found[1][1].keys()
     for name, wanted in found[1][1].items():
         assert wanted is not None, name
-        assert float((found[0][1][name] - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max()), name
+        assert float((found[0][1][name] - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max()), name
     saved = len(samples) * 32 * 4
     assert (found[1][2].bytes_up - found[0][2].bytes_up, found[1][2].bytes_down - found[0][2].bytes_down) == (
         2 * saved,

@@ -41,8 +41,20 @@ def test_one_user_at_a_time_ranks_as_a_batch_does() -> None:
     slow = np.stack([usual.scores(case, titles, catalog, 4) for case in CASES])
     np.testing.assert_allclose(ranker.scores(CASES), slow, rtol=1e-4, atol=1e-5)
     assert len(np.unique(slow)) > 14
-    assert evaluating._same_lists(slow, slow.copy(), CASES) == 3
-    assert evaluating._same_lists(slow, -slow, CASES) == 0
+    assert evaluating._in_common(slow, slow.copy(), CASES) == 1
+
+
+def test_the_usual_way_stops_where_it_is_told_to() -> None:
+    adapter, catalog = AdapterConfig(rank=4), tiny_catalog()
+    backbone = CausalLM(tiny_decoder(), tiny_tokenizer(), max_tokens=512)
+    state = random_adapter(CutModel(backbone, CutPlan(1, 1, 4), adapter, TrainingConfig()).shapes)
+    usual = OneAtATime(backbone, adapter, state, beams=1, max_new_tokens=6)
+    titles = usual.titles(catalog)
+    for vocabulary, written in (([], [6]), (range(backbone.model.config.vocab_size), [1])):
+        one = usual.stopping_at(list(vocabulary))
+        one.scores(CASES[0], titles, catalog, 4)
+        assert one.written == written
+    assert usual.written == []
 
 
 def ranked(*places: int) -> np.ndarray:
@@ -58,15 +70,18 @@ def ranked(*places: int) -> np.ndarray:
 
 
 def test_ways_of_other_quality_or_other_lists_are_refused() -> None:
-    same, quality = evaluating.check_quality(ranked(1, 12, 12), ranked(1, 12, 12), CASES)
-    assert same == 3
-    assert quality["l2"] == quality["one at a time"] == pytest.approx(1 / 3)
-    with pytest.raises(SystemExit, match="do not rank alike"):  # one list of three is another, and its target is lost
-        evaluating.check_quality(ranked(1, 12, 12), ranked(12, 12, 12), CASES)
+    def check(ours: np.ndarray, stopped: np.ndarray, slow: np.ndarray) -> tuple[dict[str, float], dict[str, float]]:
+        return evaluating.check_quality(ours, {evaluating.SLOW: slow, evaluating.STOPPED: stopped}, CASES)
+
     other = ranked(12, 12, 12)
     other[:2, :] = -other[:2, :]
-    with pytest.raises(SystemExit, match="same for 1 of 3 users"):
-        evaluating.check_quality(ranked(12, 12, 12), other, CASES)
+    common, quality = check(ranked(1, 12, 12), ranked(1, 12, 12), other)  # nothing is asked of the other
+    assert common[evaluating.STOPPED] == 1 > common[evaluating.SLOW]
+    assert quality["l2"] == quality[evaluating.STOPPED] == pytest.approx(1 / 3)
+    with pytest.raises(SystemExit, match="do not rank alike"):  # one target is lost
+        check(ranked(1, 12, 12), ranked(12, 12, 12), ranked(1, 12, 12))
+    with pytest.raises(SystemExit, match=r"[45]\d% of the first ten items are in common over 3 users"):
+        check(ranked(12, 12, 12), other, ranked(12, 12, 12))
 
 
 def test_users_are_ranked_until_a_target_is_found_and_those_who_have_one_are_compared() -> None:
@@ -94,12 +109,15 @@ def test_the_measurement_runs_whole(tmp_path: Path, small_config: Callable[..., 
     )
     told = evaluating.measure(arguments, tmp_path / "run", own, vectors)
     assert {way: len(taken) for way, taken in told["seconds_per_user"].items()} == dict.fromkeys(
-        ("one at a time", "l2", "trie", "item vectors"), 2
+        (evaluating.SLOW, evaluating.STOPPED, "l2", "trie", "item vectors"), 2
     )
-    assert told["compared_users"] == len(told["written_tokens"]) == told["same_first_ten"] == 5
-    assert told["ndcg@10"]["l2"] == told["ndcg@10"]["one at a time"] > 0
-    assert [row["at_least"] for row in told["rows"]] == [10, None, None]
-    assert [row["met"] is None for row in told["rows"]] == [False, True, True]
-    written = f"8 new tokens at most, {np.mean(told['written_tokens']):.0f} written on average"
-    assert all(written in row["against"] for row in told["rows"])
+    slow = told["written_tokens"][evaluating.SLOW]
+    assert told["compared_users"] == len(slow) == len(told["written_tokens"][evaluating.STOPPED]) == 5
+    assert told["first_ten_in_common"][evaluating.STOPPED] == 1
+    assert told["ndcg@10"]["l2"] == told["ndcg@10"][evaluating.STOPPED] > 0
+    assert [row["at_least"] for row in told["rows"]] == [10, None, None, None, None]
+    assert [row["met"] is None for row in told["rows"]] == [False, True, True, True, True]
+    written = f"8 new tokens at most, {np.mean(slow):.0f} written on average"
+    assert [written in row["against"] for row in told["rows"]] == [True, False, True, False, True]
+    assert all("stopped where" in told["rows"][row]["against"] for row in (1, 3))
     json.dumps(told)

@@ -253,7 +253,7 @@ def test_after_a_list_the_next_line_is_written_and_no_more(lists: CausalLM, spac
     cut = CutModel(lists, CutPlan(1, 1, 4), AdapterConfig(rank=4), TrainingConfig())
     model = cut.client("one", random_adapter(cut.shapes))
     ranker = GenerativeRanker(model, space, EvaluationConfig(beams=2, max_new_tokens=5), history_items=10)
-    assert ranker._stops == [lists.answer_end]
+    assert ranker.stop_tokens == [lists.answer_end]
     whole = peft_model(lists, AdapterConfig(rank=4), model.adapter())
     for row, case in enumerate(CASES):
         text = lists.template.prompt([space.catalog.titles[item] for item in case.history])
@@ -296,7 +296,7 @@ def test_what_is_written_is_what_is_grounded(trees: CausalLM, model: ClientModel
 
 def test_answers_stop_at_the_end_of_their_line(trees: CausalLM, model: ClientModel, space: TitleSpace):
     ranker = GenerativeRanker(model, space, EvaluationConfig(), history_items=10)
-    assert ranker._stops == [trees.tokenizer("\n", add_special_tokens=False).input_ids[0]]
+    assert ranker.stop_tokens == [trees.tokenizer("\n", add_special_tokens=False).input_ids[0]]
 
 
 def test_another_backbone_is_refused(model: ClientModel, monkeypatch: pytest.MonkeyPatch):

@@ -163,6 +163,9 @@ class GenerativeRanker:
         space: The catalog's titles.
         config: Grounding, beams, longest answer.
         history_items: Most items of a history that a prompt shows.
+
+    Attributes:
+        stop_tokens: Those that end a title's line.
     """
 
     def __init__(self, model: ClientModel, space: TitleSpace, config: EvaluationConfig, *, history_items: int) -> None:
@@ -175,7 +178,7 @@ class GenerativeRanker:
         self._longest = self._backbone.answer_room(space.catalog)
         self._trie = TitleTrie(answers, self._backbone.answer_end) if config.grounding == "trie" else None
         endings = {token for answer in answers for token in answer[-2:]}
-        self._stops = sorted(token for token in endings if "\n" in self._backbone.tokenizer.decode([token]))
+        self.stop_tokens = sorted(token for token in endings if "\n" in self._backbone.tokenizer.decode([token]))
 
     def scores(self, cases: Sequence[Case]) -> NDArray[np.float32]:
         """Score every item for every case: (B, N), higher is better."""
@@ -235,7 +238,7 @@ class GenerativeRanker:
             prompts,
             beams=self._config.beams,
             max_new_tokens=self._config.max_new_tokens,
-            stop_tokens=self._stops,
+            stop_tokens=self.stop_tokens,
             opening=self._backbone.opening,
         )
         answers = written.sequences[:, written.prompt_length :].tolist()
