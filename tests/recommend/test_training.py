@@ -131,11 +131,15 @@ def test_micro_batches_have_the_gradient_of_the_batch(trees: CausalLM, encoded: 
         model.optimizer_step = spying  # type: ignore[method-assign]
         return kept, train(model, encoded, own)
 
-    whole, told = gradients(None)
-    parts, told_of_parts = gradients(micro)
+    trees.model.double()  # so that how a sum is parted is not lost in rounding
+    try:
+        whole, told = gradients(None)
+        parts, told_of_parts = gradients(micro)
+    finally:
+        trees.model.float()
     assert len(whole) == 16
     for name, gradient in whole.items():
-        assert float((parts[name] - gradient).norm() / gradient.norm()) < 1e-5, name
+        assert float((parts[name] - gradient).norm() / gradient.norm()) < 1e-6, name
     assert told_of_parts.loss == pytest.approx(told.loss, rel=1e-6)
     assert (told_of_parts.steps, told_of_parts.tokens) == (told.steps, told.tokens) == (1, told.tokens)
 

@@ -61,6 +61,7 @@ def _labels(batch: Batch) -> Tensor:
 @pytest.fixture(scope="module", params=FAMILIES)
 def truth(request: pytest.FixtureRequest) -> Truth:
     backbone = tiny_backbone(request.param, **FAMILIES[request.param])
+    backbone.model.double()  # so that what Adam makes of rounding does not stand between the two
     shapes = CutModel(backbone, CUTS[-1], ADAPTER, TRAINING).shapes
     start = random_adapter(shapes, scale=0.1)
     source = torch.Generator().manual_seed(7)
@@ -119,7 +120,7 @@ def test_the_cut_model_is_the_uncut_model(truth: Truth, plan: CutPlan):
     for _ in range(STEPS):
         (model.train_loss(truth.batch, 0) / truth.batch.targets).backward()
         model.optimizer_step(CLIP)
-    _assert_near(model.adapter(), truth.trained, 1e-4)  # Adam moves what hardly has a gradient as far as the rest
+    _assert_near(model.adapter(), truth.trained, 1e-5)
     _assert_unlike(model.adapter(), truth.start)
 
 
