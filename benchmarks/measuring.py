@@ -22,7 +22,7 @@ import pplr
 from benchmarks.origins import commit_of
 from pplr.backbones.base import Backbone, load_backbone
 from pplr.backbones.causal_lm import CausalLM
-from pplr.config import Config
+from pplr.config import Config, TrainingConfig
 from pplr.config_files import load_config
 from pplr.runtimes.assembly import load_run_data
 
@@ -64,10 +64,16 @@ def real_batch(config: Config, backbone: Backbone, size: int) -> list[Any]:
     return backbone.encode(samples, data.dataset.catalog, config.data.history_items)
 
 
+def config_file(name: str) -> Path:
+    """Find a file of ``configs/`` in the checkout of the imported pplr, which may be an older one, or in this one."""
+    of_pplr = Path(pplr.__file__).parents[2] / "configs" / name
+    return of_pplr if of_pplr.exists() else Path(__file__).parent.parent / "configs" / name
+
+
 def quickstart(*overrides: str) -> Config:
-    """Load the demo's configuration, with padded rows unless it is said otherwise."""
-    path = Path(__file__).parent.parent / "configs" / "quickstart_causal_lm.yaml"
-    return load_config(path, ("training.shared_prefix=false", *overrides))
+    """Load the demo's configuration, with padded rows unless it is said otherwise; older code knows no others."""
+    padded = ("training.shared_prefix=false",) if "shared_prefix" in TrainingConfig.model_fields else ()
+    return load_config(config_file("quickstart_causal_lm.yaml"), (*padded, *overrides))
 
 
 def backbone_of(config: Config) -> Backbone:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.aggregation import draw, shapes, view_of
-from benchmarks.measuring import RESULTS, origin, quickstart, spread, use_all_cores, write_json
+from benchmarks.measuring import RESULTS, config_file, origin, quickstart, spread, use_all_cores, write_json
 from benchmarks.op_shares import shares_of
 from benchmarks.origins import LABELS
 from benchmarks.performance_page import write_page
@@ -38,8 +38,6 @@ from pplr.progress import Silent
 from pplr.recommend.training import train_locally
 from pplr.runtimes.assembly import Assembly
 
-ROOT = Path(__file__).parent.parent
-ITEM_VECTORS = ROOT / "configs" / "movielens_item_vectors.yaml"
 AGGREGATED = 100
 
 
@@ -117,7 +115,7 @@ def _demo(*overrides: str) -> Config:
 
 
 def _items() -> Config:
-    return load_config(ITEM_VECTORS, ["training.local_epochs=1"])
+    return load_config(config_file("movielens_item_vectors.yaml"), ["training.local_epochs=1"])
 
 
 JOBS: dict[str, Callable[[], Any]] = {

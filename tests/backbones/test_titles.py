@@ -18,8 +18,7 @@ from pplr.errors import DataError
 from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
 from pplr.stages.model import CutModel
-from pplr.testing import random_adapter, refuses, tiny_backbone, tiny_catalog, tiny_samples
-from pplr.testing.contracts import BackboneContract
+from pplr.testing import BackboneContract, random_adapter, refuses, tiny_backbone, tiny_catalog, tiny_samples
 
 CATALOG = tiny_catalog()
 WALK = (1, 2, 4, 5, 7, 0, 3)

@@ -10,7 +10,7 @@ import pytest
 from pplr.federation.client import FederatedClient
 from pplr.runtimes.in_process import train
 from pplr.runtimes.training_flops import is_worked_out, summed_flops, trained_rounds
-from pplr.testing.contracts import _counting
+from pplr.testing.checks import counted_operations
 
 ALONE = ("training.batch_size=1", "evaluation.floors=[]", "evaluation.validation_metric=loss", "training.samples=9")
 
@@ -34,7 +34,7 @@ def test_both_sides_together_are_what_training_did(
     plain = FederatedClient.train
 
     def counted(self: FederatedClient, *args: Any) -> Any:
-        with _counting() as counter:
+        with counted_operations() as counter:
             counters.append(counter)
             return plain(self, *args)
 

@@ -17,7 +17,7 @@ from pplr.stages.flops import Flops, FlopsOfCut
 from pplr.stages.model import CutModel
 from pplr.stages.optimizer import LocalObjective
 from pplr.testing import random_adapter, tiny_backbone, tiny_catalog, tiny_encoder, tiny_samples
-from pplr.testing.contracts import _counting
+from pplr.testing.checks import counted_operations
 
 
 def one_batch(backbone: Backbone, samples: int = 1) -> Batch:
@@ -33,7 +33,7 @@ def counted(backbone: Backbone, batch: Batch, adapter: AdapterConfig, *, train_a
     start = random_adapter(whole.shapes) if adapter.kind == "lora" else whole.initial_adapter(0)
     model = whole.client("one", start)
     model.begin_round(1, LocalObjective(train_a=train_a))
-    with _counting() as counter:
+    with counted_operations() as counter:
         model.train_loss(batch, 0).backward()
     model.end_round()
     return int(counter.get_total_flops())
@@ -90,7 +90,7 @@ def test_what_is_read_alone_has_no_backward_pass() -> None:
     plan = CutPlan(1, 0, 2)
     found = FlopsOfCut(backbone, plan, adapter).reading(batch)
     cut = CutModel(backbone, plan, adapter, TrainingConfig())
-    with _counting() as counter:
+    with counted_operations() as counter:
         cut.client("one", random_adapter(cut.shapes)).hidden_states(batch)
     assert found is not None
     assert found.client == found.server == found.whole // 2

@@ -7,7 +7,8 @@ A new backbone or transport is tested by a class of three lines, which inherits 
             return LocalTransport(host, client)
 """
 
-from pplr.testing.contracts import BackboneContract, TransportContract, refuses, same_adapters, same_state
+from pplr.testing.backbones import BackboneContract
+from pplr.testing.checks import refuses, same_adapters, same_state
 from pplr.testing.tiny import (
     every_cut,
     peft_model,
@@ -19,6 +20,7 @@ from pplr.testing.tiny import (
     tiny_samples,
     tiny_tokenizer,
 )
+from pplr.testing.transports import TransportContract
 
 __all__ = [
     "BackboneContract",
