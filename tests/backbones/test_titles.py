@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pplr.backbones import titles
 from pplr.backbones.causal_lm import CausalLM
 from pplr.config import AdapterConfig, BackboneConfig, PromptConfig, TrainingConfig
 from pplr.data.prompts import Sample
@@ -59,6 +61,22 @@ def gradients(model: ClientModel) -> list[Tensor]:
 
 
 # -- text to tokens -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", ["one", "all"])
+def test_many_samples_are_encoded_as_each_alone(monkeypatch: pytest.MonkeyPatch, targets: Literal["one", "all"]):
+    monkeypatch.setattr(titles, "_AT_ONCE", 4)
+    backbone = tiny_backbone(targets=targets)
+    tokens, items = backbone.titles, [0, 3, 5, 1, 2, 4, 7]
+    samples = [Sample(0, tuple(items[:place]), items[place]) for place in range(1, len(items))] * 3
+    lengths = [len(tokens.whole_prompt([CATALOG.titles[item] for item in sample.history])) for sample in samples]
+    most = max(lengths) + tokens.room(CATALOG) - 1  # so that some are cut off
+    alone = [tokens.encode(sample, CATALOG, 6, most) for sample in samples]
+    assert tokens.encode_all(samples, CATALOG, 6, most) == alone
+    assert max(len(own.prompt) for own in alone) < max(lengths)
+    assert tokens.encode_all([], CATALOG, 6, most) == []
+    with refuses(DataError, "no items"):
+        tokens.encode_all([Sample(0, (), 1)], CATALOG, 6, most)
 
 
 def test_a_sample_is_a_list_where_every_title_is_a_target():

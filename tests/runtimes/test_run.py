@@ -11,6 +11,7 @@ import torch
 from pplr.backbones.adapters import load_adapter, save_adapter
 from pplr.data.prompts import Case
 from pplr.errors import AdapterError, ConfigError, DataError, PartitionError, RunError, UnknownItemError
+from pplr.runtimes import readers
 from pplr.runtimes.run import Recommendation, open_run
 
 
@@ -71,6 +72,46 @@ def test_clients_recommend_by_their_own_adapters(run, tmp_path):
     lists = {client: told_apart.recommend(client, history=history, count=20) for client in "012"}
     assert len({tuple(item.score for item in found) for found in lists.values()}) == 3
     assert lists["0"] == run.recommend("0", history=history, count=20)  # asking others in between changes nothing
+
+
+def test_a_client_is_admitted_once_for_many_requests(run, tmp_path, monkeypatch):
+    shutil.copytree(run.folder, tmp_path / "run")
+    asked, parts, admitted = open_run(tmp_path / "run"), run.assembly(), list[str]()
+    asked._assembled = parts
+    parts.dismiss_all()
+    admit = parts.admit
+    monkeypatch.setattr(parts, "admit", lambda client, *others: admitted.append(client) or admit(client, *others))
+    first = asked.recommend("0", history=["Oak", "Elm"], count=20)
+    assert asked.recommend("0", history=["Oak", "Elm"], count=20) == first
+    assert admitted == ["0"]
+
+    other = {name: 3 * tensor for name, tensor in load_adapter(asked.folder / "clients" / "0").items()}
+    save_adapter(other, asked.folder / "clients" / "0", run.config.adapter, "tiny")
+    second = asked.recommend("0", history=["Oak", "Elm"], count=20)
+    assert [item.score for item in second] != [item.score for item in first]  # never the adapter of before
+    assert admitted == ["0", "0"]
+
+    def fail(*_):
+        raise RuntimeError("no ranker")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "ranker", fail)
+        with pytest.raises(RuntimeError, match="no ranker"):
+            asked.recommend("0", history=["Oak"])
+    assert asked.recommend("0", history=["Oak", "Elm"], count=20) == second
+    assert admitted == ["0", "0", "0"]  # what failed was let go of
+    parts.dismiss_all()
+    assert asked.recommend("0", history=["Oak", "Elm"], count=20) == second
+    assert admitted == ["0"] * 4
+    assert run.recommend("0", history=["Oak", "Elm"], count=20) == first
+
+
+def test_models_of_few_clients_are_kept(run, monkeypatch):
+    monkeypatch.setattr(readers, "_MOST", 2)
+    run.assembly().dismiss_all()
+    for client in "0120":
+        run.recommend(client, history=["Oak"])
+    assert list(run.assembly().readers._kept) == ["2", "0"]
 
 
 def test_scores_are_those_of_the_ranker(run):

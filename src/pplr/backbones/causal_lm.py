@@ -285,7 +285,7 @@ class CausalLM(Backbone):
 
     def encode(self, samples: Sequence[Sample], catalog: Catalog, history_items: int) -> list[EncodedSample]:
         """Encode samples; histories longer than ``history_items`` or ``max_tokens`` keep their newest items."""
-        return [self.titles.encode(sample, catalog, history_items, self.max_tokens) for sample in samples]
+        return self.titles.encode_all(samples, catalog, history_items, self.max_tokens)
 
     def length(self, encoded: EncodedSample) -> int:
         """Count prompt and targets."""

@@ -20,6 +20,7 @@ from pplr.data.prompts import Case, shown_title
 from pplr.errors import ConfigError, StorageError
 from pplr.recommend.generation import generate
 from pplr.recommend.grounding import l2_scores, trie_scores
+from pplr.recommend.title_answers import TitleAnswers
 from pplr.recommend.title_search import TitleBeam, search_titles, walk_titles
 from pplr.recommend.trie import TitleTrie, TrieConstraint, generated_titles
 from pplr.stages.client_model import ClientModel
@@ -163,22 +164,29 @@ class GenerativeRanker:
         space: The catalog's titles.
         config: Grounding, beams, longest answer.
         history_items: Most items of a history that a prompt shows.
+        answers: The titles of ``space`` as the model's backbone writes them; made here when absent.
 
     Attributes:
         stop_tokens: Those that end a title's line.
     """
 
-    def __init__(self, model: ClientModel, space: TitleSpace, config: EvaluationConfig, *, history_items: int) -> None:
+    def __init__(
+        self,
+        model: ClientModel,
+        space: TitleSpace,
+        config: EvaluationConfig,
+        *,
+        history_items: int,
+        answers: TitleAnswers | None = None,
+    ) -> None:
         self._model = model
         self._backbone = _decoder(model)
         self._space = space
         self._config = config
         self._history_items = history_items
-        answers = [self._backbone.answer_tokens(title) for title in space.catalog.titles]
-        self._longest = self._backbone.answer_room(space.catalog)
-        self._trie = TitleTrie(answers, self._backbone.answer_end) if config.grounding == "trie" else None
-        endings = {token for answer in answers for token in answer[-2:]}
-        self.stop_tokens = sorted(token for token in endings if "\n" in self._backbone.tokenizer.decode([token]))
+        answers = answers or TitleAnswers(self._backbone, space.catalog)
+        self._longest, self.stop_tokens = answers.longest, answers.stop_tokens
+        self._trie = answers.trie if config.grounding == "trie" else None
 
     def scores(self, cases: Sequence[Case]) -> NDArray[np.float32]:
         """Score every item for every case: (B, N), higher is better."""

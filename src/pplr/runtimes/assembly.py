@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pplr.backbones.adapters import AdapterState
 from pplr.backbones.base import Backbone, MatchingBackbone, backbone_kind, load_backbone
+from pplr.backbones.causal_lm import CausalLM
 from pplr.config import Config
 from pplr.data.holdout import Holdout, make_holdout
 from pplr.data.interactions import Dataset
@@ -43,8 +44,10 @@ from pplr.recommend.evaluation import Ranker, evaluate
 from pplr.recommend.generative import GenerativeRanker, TitleSpace, read_texts
 from pplr.recommend.matching import MatchingRanker
 from pplr.recommend.metrics import ranking_metrics
+from pplr.recommend.title_answers import TitleAnswers
 from pplr.recommend.training import evaluation_loss
 from pplr.runtimes.address import StageServerAt
+from pplr.runtimes.readers import Readers
 from pplr.seeds import derive_seed
 from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
@@ -204,6 +207,7 @@ class Assembly:
         self.plan = CutPlan.make(config.cut, self.backbone.total_layers)
         self._connections = self._connect(stage_server)
         self._models: dict[CutPlan, CutModel] = {}
+        self.readers = Readers(self)
         self.backbone.prepare(self.data.dataset.catalog, self._read_texts)
         self.backbone.leave_out(self.data.holdout.unseen)
         self.model = self._model(self.plan)
@@ -301,6 +305,7 @@ class Assembly:
         """Let go of what the server's side keeps for everyone that was admitted."""
         for model in self._models.values():
             model.close()
+        self.readers.forget()
 
     def close(self) -> None:
         """Let go of everything on the server's side, and of the connections to it."""
@@ -331,6 +336,11 @@ class Assembly:
         finally:
             self.model.dismiss("title embeddings")
 
+    @cached_property
+    def _answers(self) -> TitleAnswers | None:
+        """The catalog's titles as the backbone writes them."""
+        return TitleAnswers(self.backbone, self.data.dataset.catalog) if isinstance(self.backbone, CausalLM) else None
+
     def _read_texts(self, texts: Sequence[str]) -> Tensor:
         """Read texts by the base model, through a client of no data."""
         text = self.backbone.text
@@ -347,7 +357,8 @@ class Assembly:
         """Make the ranker of one client's model."""
         if isinstance(self.backbone, MatchingBackbone):
             return MatchingRanker(model, history_items=self.config.data.history_items)
-        return GenerativeRanker(model, self.space, self.config.evaluation, history_items=self.config.data.history_items)
+        most = self.config.data.history_items
+        return GenerativeRanker(model, self.space, self.config.evaluation, history_items=most, answers=self._answers)
 
     @property
     def trainers(self) -> tuple[str, ...]:

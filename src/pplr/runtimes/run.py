@@ -18,7 +18,6 @@ from pplr.runtimes.recommending import (
     best_items,
     check_finished,
     make_request,
-    reading,
     recommend_all,
     saved_adapter,
 )
@@ -167,7 +166,7 @@ class Run:
         check_finished(self.folder)
         parts = self.assembly(progress)
         asked = make_request(parts, client, user, history)
-        with reading(parts, asked.client, saved_adapter(self, parts, asked.client)) as reader:
+        with parts.readers.reading(asked.client, saved_adapter(self, parts, asked.client)) as reader:
             scores = parts.ranker(reader).scores([asked.case])[0]
         return list(best_items(scores, asked.case.seen, count, parts.data.dataset.catalog))
 
