@@ -1,6 +1,7 @@
 """What a server reads of a trained run, at several cuts and noises, kept in ``results/privacy/NAME.json`` with a plot.
 
-The run is trained once; each seed draws other users, other public text and other noise.
+The run is trained once; each seed draws other users, other public text and other noise. A seed that was audited is kept
+in the run's folder, and not attacked again when the command is run again.
 
     python -m benchmarks.audit configs/movielens_item_vectors.yaml --name item-vectors --set backbone.keep_blocks=12
 """
@@ -8,10 +9,14 @@ The run is trained once; each seed draws other users, other public text and othe
 from __future__ import annotations
 
 import copy
+import json
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,7 @@ from pplr.apps.auditing import SWEPT_NOISES, draw_frontier, parse_cuts, read_bes
 from pplr.errors import PplrError
 from pplr.privacy.audits import PAIRS
 from pplr.runtimes.run import open_run
-from pplr.storage import write_json
+from pplr.storage import sha256_file, write_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,6 +64,28 @@ def _one(found: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
     }
 
 
+def audit_seed(folder: Path, words: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Audit with one seed, unless that was done with the same words on the same run."""
+    asked = json.loads(json.dumps({**words, "seed": seed, "run": sha256_file(folder / "metrics.json")}))
+    path = folder / f"audit-seed-{seed}.json"
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["asked"] == asked:
+            return dict(kept["found"])
+    found = open_run(folder).audit(**words, seed=seed)
+    write_json(path, {"asked": asked, "found": found})
+    print(f"seed {seed}: {found['verdict']}", flush=True)
+    return found
+
+
+def audited(folder: Path, words: Mapping[str, Any], seeds: Sequence[int], parallel: int) -> list[dict[str, Any]]:
+    """Audit with every seed, some of them at once, each in a process of its own."""
+    if parallel < 2:
+        return [audit_seed(folder, words, seed) for seed in seeds]
+    with ProcessPoolExecutor(parallel, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(partial(audit_seed, folder, words), seeds))
+
+
 def main() -> None:
     """Train, unless it is trained, attack with every seed, and write what came out."""
     parser = quality_parser(__doc__)
@@ -72,29 +99,25 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="+", type=int, default=[PAIRS])
     parser.add_argument("--attack", nargs="+", default=[])
     parser.add_argument("--has", nargs="+", default=[])
+    parser.add_argument("--parallel", type=int, default=1, help="seeds that are audited at once")
     arguments = parser.parse_args()
     folder = ROOT / "runs" / "privacy" / arguments.name
-    told: list[dict[str, Any]] = []
     try:
         others = [read_beside(own) for own in arguments.beside]
         finish(arguments.config, arguments.overrides, folder)
-        run = open_run(folder)
-        cuts = parse_cuts(arguments.cut) or sweep_cuts(run.assembly().backbone.total_layers)
-        for seed in arguments.seeds:
-            found = run.audit(
-                attacks=arguments.attack,
-                knowledge=arguments.has,
-                users=arguments.users,
-                cuts=cuts,
-                noises=arguments.noise,
-                passes=arguments.passes,
-                pairs=arguments.pairs,
-                guards=[[part for part in own.split(",") if part] for own in arguments.guard],
-                wires=arguments.wire,
-                seed=seed,
-            )
-            told.append(found)
-            print(f"seed {seed}: {found['verdict']}", flush=True)
+        cuts = parse_cuts(arguments.cut) or sweep_cuts(open_run(folder).assembly().backbone.total_layers)
+        words = {
+            "attacks": arguments.attack,
+            "knowledge": arguments.has,
+            "users": arguments.users,
+            "cuts": cuts,
+            "noises": arguments.noise,
+            "passes": arguments.passes,
+            "pairs": arguments.pairs,
+            "guards": [[part for part in own.split(",") if part] for own in arguments.guard],
+            "wires": arguments.wire,
+        }
+        told = audited(folder, words, arguments.seeds, arguments.parallel)
     except PplrError as error:
         sys.exit(f"error: {error}")
     path = ROOT / "results" / "privacy" / f"{arguments.name}.json"

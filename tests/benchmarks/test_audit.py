@@ -81,6 +81,9 @@ def test_every_seed_is_audited_and_kept(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(audit, "ROOT", tmp_path)
     monkeypatch.setattr(audit, "finish", lambda *arguments: None)
     monkeypatch.setattr(audit, "open_run", lambda folder: SimpleNamespace(audit=fake))
+    run = tmp_path / "runs" / "privacy" / "x"
+    run.mkdir(parents=True)
+    (run / "metrics.json").write_text("{}")
     monkeypatch.setattr(sys, "argv", ["audit", "c.yaml", "--name", "x", "--cut", "1,0", "1,1", "--seeds", "3", "4"])
     audit.main()
     kept = json.loads((tmp_path / "results" / "privacy" / "x.json").read_text())
@@ -88,3 +91,15 @@ def test_every_seed_is_audited_and_kept(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(kept["seeds"]) == 2
     assert kept["command"] == "python -m benchmarks.audit c.yaml --name x --cut 1,0 1,1 --seeds 3 4"
     assert (tmp_path / "results" / "privacy" / "x.png").read_bytes().startswith(b"\x89PNG")
+
+    audit.main()
+    assert seeds == [3, 4]  # both were kept
+    (run / "metrics.json").write_text('{"another": "run"}')
+    audit.main()
+    assert seeds == [3, 4, 3, 4]
+    monkeypatch.setattr(sys, "argv", ["audit", "c.yaml", "--name", "x", "--cut", "1,0", "1,1", "--users", "9"])
+    audit.main()
+    assert seeds == [3, 4, 3, 4, 0]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--seeds", "0", "3"])
+    audit.main()
+    assert seeds == [3, 4, 3, 4, 0, 3]  # of other users

@@ -30,7 +30,7 @@ from pplr.stages.client_model import ClientModel
 
 __all__ = ["TitleBeam", "search_titles", "walk_titles"]
 
-_PASS_TOKENS = 64
+_PASS_TOKENS = 96
 """Tokens that a pass may have over all users for the sake of later steps: so few cost little more than one."""
 _SHARE = 4
 """New users enter when one of so many places is free, so that they are not run one at a time."""
