@@ -99,7 +99,7 @@ def test_every_seed_is_audited_and_kept(tmp_path: Path, monkeypatch: pytest.Monk
     assert seeds == [3, 4, 3, 4]
     monkeypatch.setattr(sys, "argv", ["audit", "c.yaml", "--name", "x", "--cut", "1,0", "1,1", "--users", "9"])
     audit.main()
-    assert seeds == [3, 4, 3, 4, 0]
+    assert seeds == [3, 4, 3, 4, 0, 1, 2]
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--seeds", "0", "3"])
     audit.main()
-    assert seeds == [3, 4, 3, 4, 0, 3]  # of other users
+    assert seeds == [3, 4, 3, 4, 0, 1, 2, 3]  # 3 was of other users
