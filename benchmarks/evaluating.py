@@ -6,8 +6,10 @@ titles; ours is held to the second, and told beside both.
 
 It trains a small run first, unless --run-dir holds one: a model that was not trained to write titles never ends them.
 Before anything is timed ours ranks users, as many at a time as are measured, until it finds the target of some; these
-are among those that are ranked one at a time, so that there is quality to compare. Where ours and the usual way that
-stops differ by more than is said below, there is no result.
+are among those that are ranked one at a time, so that there is quality to compare. Some of them are ranked in float32
+by ours and by the usual way that stops: the first ten items have to be the same, in the same order. In the run's own
+number format a batch rounds otherwise than a single row; where the two differ by more than is said below, there is no
+result.
 
     python -m benchmarks.evaluating
 """
@@ -29,7 +31,7 @@ from numpy.typing import NDArray
 from benchmarks.beside import beside
 from benchmarks.measuring import at_least, use_all_cores, write_result
 from benchmarks.reference.one_at_a_time import OneAtATime
-from pplr.backbones.adapters import load_adapter
+from pplr.backbones.adapters import AdapterState, load_adapter
 from pplr.backbones.causal_lm import CausalLM
 from pplr.config import Config
 from pplr.config_files import load_config
@@ -77,16 +79,48 @@ def _quality(scores: NDArray[np.float32], cases: Sequence[Case]) -> float:
     return statistics.fmean(1 / np.log2(1 + rank) if rank <= 10 else 0.0 for rank in ranks)
 
 
+def _first_ten(scores: NDArray[np.float32], cases: Sequence[Case]) -> list[list[int]]:
+    """List each user's first ten items, best first."""
+    found = []
+    for row, case in zip(scores, cases, strict=True):
+        own = row.copy()
+        own[list(case.seen)] = -np.inf
+        found.append(np.argsort(-own, kind="stable")[:10].tolist())
+    return found
+
+
 def _in_common(one: NDArray[np.float32], other: NDArray[np.float32], cases: Sequence[Case]) -> float:
     """Average over users the share of their first ten items that are among the first ten of both."""
+    firsts = zip(_first_ten(one, cases), _first_ten(other, cases), strict=True)
+    return statistics.fmean(len(set(a) & set(b)) / len(a) for a, b in firsts)
 
-    def first(scores: NDArray[np.float32], case: Case) -> set[int]:
-        own = scores.copy()
-        own[list(case.seen)] = -np.inf
-        return {int(item) for item in np.argsort(-own, kind="stable")[:10]}
 
-    firsts = [(first(a, case), first(b, case)) for a, b, case in zip(one, other, cases, strict=True)]
-    return statistics.fmean(len(a & b) / len(a) for a, b in firsts)
+def usual_way(parts: Assembly, state: AdapterState, tokens: int) -> OneAtATime:
+    """Make the usual way of a run's model, of its own copy of the base."""
+    backbone, settings = parts.backbone, parts.config.backbone
+    if not isinstance(backbone, CausalLM):
+        raise TypeError("the run has to be one of causal_lm")
+    own = CausalLM(
+        copy.deepcopy(backbone.model), backbone.tokenizer, prompt=settings.prompt, max_tokens=settings.max_tokens
+    )
+    return OneAtATime(own, parts.config.adapter, state, max_new_tokens=tokens)
+
+
+def check_lists(config: Config, client: str, state: AdapterState, cases: Sequence[Case], tokens: int) -> None:
+    """Rank users in float32 by ours and by the usual way that stops, and refuse other first ten items or orders."""
+    wide = config.backbone.model_copy(update={"dtype": "float32"})
+    parts = Assembly(config.model_copy(update={"backbone": wide}), Silent())
+    catalog, most = parts.data.dataset.catalog, config.data.history_items
+    settings = config.evaluation.model_copy(update={"grounding": "l2", "beams": 4, "max_new_tokens": tokens})
+    reader = parts.admit(client, state, "float32")
+    ours = GenerativeRanker(reader, parts.space, settings, history_items=most)
+    usual = usual_way(parts, state, tokens).stopping_at(ours.stop_tokens)
+    titles = parts.space.embeddings[parts.space.title_of]
+    slow = np.stack([usual.scores(case, titles, catalog, most) for case in cases])
+    lists = zip(_first_ten(ours.scores(cases), cases), _first_ten(slow, cases), strict=True)
+    parts.close()
+    if unlike := sum(one != other for one, other in lists):
+        raise SystemExit(f"error: in float32 {unlike} of {len(cases)} users have other first ten items in the two ways")
 
 
 def hits(scores: NDArray[np.float32], cases: Sequence[Case]) -> list[int]:
@@ -151,9 +185,7 @@ def measure(arguments: argparse.Namespace, folder: Path, config: Config, vectors
     """
     run = open_run(folder) if (folder / "metrics.json").exists() else train(config, folder)
     parts, most = run.assembly(), run.config.data.history_items
-    catalog, backbone = parts.data.dataset.catalog, parts.backbone
-    if not isinstance(backbone, CausalLM):
-        raise TypeError("the run has to be one of causal_lm")
+    catalog = parts.data.dataset.catalog
     name = parts.data.partition.names[0]
     state = load_adapter(run.folder / "clients" / name)
     users = [int(user) for own in parts.data.partition.users for user in own]
@@ -167,15 +199,15 @@ def measure(arguments: argparse.Namespace, folder: Path, config: Config, vectors
         rankers[grounding] = writer = GenerativeRanker(reader, parts.space, settings, history_items=most)
     matching = Assembly(vectors, Silent())
     rankers["item vectors"] = matching.ranker(matching.admit("0", matching.initial, "benchmark"))
-    usual = OneAtATime(
-        CausalLM(copy.deepcopy(backbone.model), backbone.tokenizer, prompt=run.config.backbone.prompt,
-                 max_tokens=run.config.backbone.max_tokens),
-        run.config.adapter, state, max_new_tokens=arguments.tokens,
-    )  # fmt: skip
+    usual = usual_way(parts, state, arguments.tokens)
     titles = parts.space.embeddings[parts.space.title_of]
     cases, found = measured_users(rankers["l2"], every, arguments.users, arguments.batch_size)
     chosen = compared_users(found, len(cases), min(arguments.slow_users, len(cases)))
     print(f"targets found of {len(found)} of {len(cases)} users; {len(chosen)} are ranked one at a time", flush=True)
+    exact = [cases[place] for place in chosen[: arguments.exact_users]]
+    if exact:
+        check_lists(run.config, name, state, exact, arguments.tokens)
+        print(f"in float32 {len(exact)} of them have the same first ten items in ours and in the usual way that stops")
     scored: dict[str, NDArray[np.float32]] = {}
     ways = {SLOW: usual, STOPPED: usual.stopping_at(writer.stop_tokens)}
     slow: dict[str, list[NDArray[np.float32]]] = {way: [] for way in ways}
@@ -199,7 +231,7 @@ def measure(arguments: argparse.Namespace, folder: Path, config: Config, vectors
     common, quality = check_quality(scored["l2"][chosen], slowly, compared)
     shape = f"{len(cases)} users, {run.config.backbone.dtype}"
     written = {way: statistics.fmean(one.written) for way, one in ways.items()}
-    told = _told(seconds, shape, arguments.tokens, written, (common, len(compared)), quality)
+    told = _told(seconds, shape, arguments.tokens, written, (common, len(compared), len(exact)), quality)
     run.close()
     matching.close()
     return {
@@ -207,6 +239,7 @@ def measure(arguments: argparse.Namespace, folder: Path, config: Config, vectors
         "written_tokens": {way: one.written for way, one in ways.items()},
         "first_ten_in_common": common,
         "compared_users": len(compared),
+        "exact_users": len(exact),
         "ndcg@10": quality,
         "ndcg@10_of_all": _quality(scored["l2"], cases),
         **told,
@@ -218,12 +251,12 @@ def _told(
     shape: str,
     most: int,
     written: dict[str, float],
-    alike: tuple[dict[str, float], int],
+    alike: tuple[dict[str, float], int, int],
     quality: dict[str, float],
 ) -> dict[str, Any]:
     """Make the rows, of which only the one of the prescribed way is bound, and the notes."""
     median = {way: statistics.median(taken) for way, taken in seconds.items()}
-    common, users = alike
+    common, users, exact = alike
 
     def against(way: str) -> str:
         ends = "" if way == SLOW else ", stopped where the title's line ends"
@@ -240,6 +273,7 @@ def _told(
             for way, share in common.items()
         ),
         f"ours is held to the one that stops: at least {LISTS:.0%} of the first ten, NDCG@10 {NDCG} apart at most",
+        f"in float32 the first ten items of {exact} of these users are the same in both, in the same order",
         "users were drawn so that ours finds some targets, and of whom those are among the compared",
         "the trie ranks otherwise than by distance, and item vectors are another model",
     ]
@@ -268,6 +302,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", type=int, default=200)
     parser.add_argument("--slow-users", type=int, default=24, help="users ranked one at a time, over all turns")
+    parser.add_argument(
+        "--exact-users", type=int, default=6, help="of these, those whose lists are compared in float32"
+    )
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=128, help="most new tokens, in every way")

@@ -11,10 +11,12 @@ import pytest
 
 from benchmarks import evaluating
 from benchmarks.reference.one_at_a_time import OneAtATime
+from pplr.backbones.adapters import load_adapter
 from pplr.backbones.causal_lm import CausalLM
 from pplr.config import AdapterConfig, Config, EvaluationConfig, TrainingConfig
 from pplr.data.prompts import Case
 from pplr.recommend.generative import GenerativeRanker, TitleSpace
+from pplr.runtimes.in_process import train
 from pplr.stages.cut import CutPlan
 from pplr.stages.model import CutModel
 from pplr.testing import random_adapter, tiny_catalog, tiny_decoder, tiny_tokenizer
@@ -114,6 +116,8 @@ def test_the_measurement_runs_whole(tmp_path: Path, small_config: Callable[..., 
     slow = told["written_tokens"][evaluating.SLOW]
     assert told["compared_users"] == len(slow) == len(told["written_tokens"][evaluating.STOPPED]) == 5
     assert told["first_ten_in_common"][evaluating.STOPPED] == 1
+    assert told["exact_users"] == 5
+    assert any("in float32 the first ten items of 5 of these users are the same" in note for note in told["notes"])
     assert told["ndcg@10"]["l2"] == told["ndcg@10"][evaluating.STOPPED] > 0
     assert [row["at_least"] for row in told["rows"]] == [10, None, None, None, None]
     assert [row["met"] is None for row in told["rows"]] == [False, True, True, True, True]
@@ -121,3 +125,19 @@ def test_the_measurement_runs_whole(tmp_path: Path, small_config: Callable[..., 
     assert [written in row["against"] for row in told["rows"]] == [True, False, True, False, True]
     assert all("stopped where" in told["rows"][row]["against"] for row in (1, 3))
     json.dumps(told)
+
+
+def test_other_lists_in_float32_are_refused(
+    tmp_path: Path, small_config: Callable[..., Config], model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("backbone.name=causal_lm", f"backbone.model={model_folder}", "federation.rounds=1")
+    run = train(small_config(*settings), tmp_path / "run")
+    state, data = load_adapter(run.folder / "clients" / "0"), run.assembly().data
+    cases = data.test["0"][:2]
+    narrow = run.config.backbone.model_copy(update={"dtype": "bfloat16"})
+    config = run.config.model_copy(update={"backbone": narrow})
+    evaluating.check_lists(config, "0", state, cases, 8)
+    usual = OneAtATime.scores
+    monkeypatch.setattr(OneAtATime, "scores", lambda *arguments: -usual(*arguments))
+    with pytest.raises(SystemExit, match="in float32 2 of 2 users have other first ten items"):
+        evaluating.check_lists(config, "0", state, cases, 8)
