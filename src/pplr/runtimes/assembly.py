@@ -47,6 +47,7 @@ from pplr.recommend.metrics import ranking_metrics
 from pplr.recommend.title_answers import TitleAnswers
 from pplr.recommend.training import evaluation_loss
 from pplr.runtimes.address import StageServerAt
+from pplr.runtimes.memory import keep_few_kernels
 from pplr.runtimes.readers import Readers
 from pplr.seeds import derive_seed
 from pplr.stages.client_model import ClientModel
@@ -188,6 +189,8 @@ class Assembly:
         own: str | None = None,
         secrets: Path | None = None,
     ) -> None:
+        if config.training.shared_prefix:  # hardly two of its batches are of one shape
+            keep_few_kernels()
         self._secrets = secrets
         self.config = config
         self.progress = progress

@@ -1,15 +1,18 @@
-"""How much memory this process took."""
+"""How much memory this process took, and how it takes less."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from pathlib import Path
 
-__all__ = ["hand_back_large_blocks", "peak_rss_bytes", "rss_bytes"]
+__all__ = ["hand_back_large_blocks", "keep_few_kernels", "peak_rss_bytes", "rss_bytes"]
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h
 _LARGE = 1 << 18
+_KERNELS = 128
+"""Products of different shapes that stay compiled: a pass of a model needs a third of it."""
 
 
 def rss_bytes() -> int | None:
@@ -39,6 +42,19 @@ def hand_back_large_blocks() -> bool:
         return bool(mallopt(_M_MMAP_THRESHOLD, _LARGE) and mallopt(_M_ARENA_MAX, 1))
     except (OSError, AttributeError):
         return False
+
+
+def keep_few_kernels() -> None:
+    """Let oneDNN and torch keep the compiled products of the newest shapes only, before either has multiplied anything.
+
+    On a CPU each shape of a bfloat16 product is compiled, some hundred KiB that lie in the heap between what training
+    frees. Where hardly two batches are of one shape, the 1,024 that are kept otherwise come together within a round,
+    are of no use, and what they pin down is several times their size. Where shapes come again it would cost time,
+    since each takes milliseconds to compile. ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` and ``LRU_CACHE_CAPACITY`` say
+    otherwise where they are set.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(_KERNELS))
 
 
 def _status(key: str) -> int | None:
