@@ -40,8 +40,8 @@ from benchmarks.records import (
 from pplr.config import Config
 from pplr.config_files import load_config
 from pplr.errors import PplrError, RunError
-from pplr.runtimes.assembly import load_run_data
 from pplr.runtimes.run import open_run
+from pplr.runtimes.run_data import load_run_data
 from pplr.storage import write_json
 
 ROOT = Path(__file__).parent.parent

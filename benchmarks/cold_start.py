@@ -30,8 +30,8 @@ from pplr.data.prompts import Case
 from pplr.errors import PplrError
 from pplr.recommend.evaluation import Ranker, evaluate
 from pplr.recommend.floors import fit_floor
-from pplr.runtimes.assembly import RunData, load_run_data
 from pplr.runtimes.run import Run, open_run
+from pplr.runtimes.run_data import RunData, load_run_data
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("unseen_items", "new_users")

@@ -21,7 +21,7 @@ from pplr.backbones.batching import bucketed_batches
 from pplr.config import Config
 from pplr.config_files import load_config
 from pplr.recommend.generative import embed_texts
-from pplr.runtimes.assembly import load_run_data
+from pplr.runtimes.run_data import load_run_data
 from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
 from pplr.stages.model import CutModel

@@ -31,7 +31,8 @@ from pplr.config import Config
 from pplr.config_files import load_config
 from pplr.progress import Silent
 from pplr.recommend.evaluation import evaluate, metric_value
-from pplr.runtimes.assembly import POOLED, Assembly, load_run_data
+from pplr.runtimes.assembly import POOLED, Assembly
+from pplr.runtimes.run_data import load_run_data
 from pplr.seeds import derive_seed
 from pplr.storage import cache_dir
 

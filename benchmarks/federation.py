@@ -15,8 +15,8 @@ from pathlib import Path
 
 from pplr.config import Config
 from pplr.data.sources.registry import source_folder
-from pplr.runtimes.assembly import load_run_data
 from pplr.runtimes.identity import enroll_client, init_federation
+from pplr.runtimes.run_data import load_run_data
 
 HOST = "127.0.0.1"
 _PATIENCE_S = 180.0

@@ -46,7 +46,7 @@ from pplr.federation.checkpoints import CheckpointStore
 from pplr.federation.client import FederatedClient
 from pplr.federation.methods import make_method
 from pplr.federation.rounds import Federation, run_rounds
-from pplr.runtimes.assembly import load_run_data
+from pplr.runtimes.run_data import load_run_data
 from pplr.seeds import generator
 from pplr.stages.cut import CutPlan
 from pplr.stages.model import CutModel

@@ -24,7 +24,7 @@ from pplr.backbones.base import Backbone, load_backbone
 from pplr.backbones.causal_lm import CausalLM
 from pplr.config import Config, TrainingConfig
 from pplr.config_files import load_config
-from pplr.runtimes.assembly import load_run_data
+from pplr.runtimes.run_data import load_run_data
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -22,7 +22,7 @@ from benchmarks.measuring import at_least, causal_lm_of, quickstart, spread, use
 from pplr.backbones.base import Batch
 from pplr.backbones.batching import bucketed_batches
 from pplr.config import Config
-from pplr.runtimes.assembly import load_run_data
+from pplr.runtimes.run_data import load_run_data
 from pplr.seeds import generator
 from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan

@@ -30,7 +30,7 @@ from pplr.data.prompts import Case
 from pplr.errors import ConfigError, PplrError
 from pplr.recommend.evaluation import evaluate
 from pplr.recommend.floors import fit_floor
-from pplr.runtimes.assembly import RunData, load_run_data
+from pplr.runtimes.run_data import RunData, load_run_data
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = ROOT / ".venv-rectools"

@@ -24,8 +24,8 @@ from pplr.config import Config
 from pplr.data.prompts import Sample
 from pplr.recommend.training import evaluation_loss
 from pplr.runtimes import codec
-from pplr.runtimes.assembly import load_run_data
 from pplr.runtimes.codec import Limits, Wire
+from pplr.runtimes.run_data import load_run_data
 from pplr.seeds import derive_seed
 from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan

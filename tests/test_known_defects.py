@@ -15,9 +15,10 @@ from pplr.federation.aggregation import mix, mixing_weights, similarity
 from pplr.progress import Silent
 from pplr.recommend.evaluation import evaluate
 from pplr.recommend.training import evaluation_loss, train_locally
-from pplr.runtimes.assembly import Assembly, load_run_data
+from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.in_process import train
 from pplr.runtimes.run import open_run
+from pplr.runtimes.run_data import load_run_data
 from pplr.testing import tiny_encoder
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from pplr.config_files import config_template, load_config
     from pplr.errors import PplrError
     from pplr.runtimes.address import StageServerAt
-    from pplr.runtimes.assembly import RunData
     from pplr.runtimes.comparing import Difference, compare
     from pplr.runtimes.launch import load_data, train
     from pplr.runtimes.run import Recommendation, Run, open_run
+    from pplr.runtimes.run_data import RunData
 
 __version__ = "0.1.0.dev0"
 
@@ -48,7 +48,7 @@ _HOME = {
     "PplrError": "pplr.errors",
     "Recommendation": "pplr.runtimes.run",
     "Run": "pplr.runtimes.run",
-    "RunData": "pplr.runtimes.assembly",
+    "RunData": "pplr.runtimes.run_data",
     "StageServerAt": "pplr.runtimes.address",
     "compare": "pplr.runtimes.comparing",
     "config_template": "pplr.config_files",

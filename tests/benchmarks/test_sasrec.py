@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.sasrec import add_arguments, task
 from pplr.errors import ConfigError
-from pplr.runtimes.assembly import RunData, load_run_data
+from pplr.runtimes.run_data import RunData, load_run_data
 from pplr.testing import refuses
 
 

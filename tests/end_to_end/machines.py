@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 
-from pplr.runtimes.assembly import load_run_data
 from pplr.runtimes.identity import enroll_client, init_federation
+from pplr.runtimes.run_data import load_run_data
 
 LIMIT_S = 180
 HOSTILE = Path(__file__).parent / "hostile_client.py"

@@ -16,8 +16,9 @@ from pplr.config import AdapterConfig, TrainingConfig
 from pplr.errors import ConfigError, PartitionError, StorageError
 from pplr.progress import Silent
 from pplr.recommend.training import train_locally
-from pplr.runtimes.assembly import Assembly, load_run_data
+from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.in_process import train
+from pplr.runtimes.run_data import load_run_data
 from pplr.stages.cut import CutPlan
 from pplr.stages.model import CutModel
 from pplr.storage import cache_dir, write_atomic

@@ -9,8 +9,8 @@ from pplr.config import Config
 from pplr.errors import ConfigError
 from pplr.progress import Progress, Silent
 from pplr.runtimes.address import StageServerAt
-from pplr.runtimes.assembly import RunData, load_run_data
 from pplr.runtimes.run import Run
+from pplr.runtimes.run_data import RunData, load_run_data
 
 __all__ = ["load_data", "train"]
 

@@ -12,7 +12,7 @@ __all__ = ["hand_back_large_blocks", "keep_few_kernels", "peak_rss_bytes", "rss_
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h
 _LARGE = 1 << 18
 _KERNELS = 128
-"""Products of different shapes that stay compiled: a pass of a model needs a third of it."""
+"""Products of different shapes that stay compiled."""
 
 
 def rss_bytes() -> int | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from pplr.backbones.adapters import adapter_sha256
 from pplr.runtimes.recommending import reading
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Readers:
 
     def __init__(self, parts: Assembly) -> None:
         self._parts = parts
-        self._kept: dict[str, tuple[AdapterState, ClientModel]] = {}
+        self._kept: dict[str, tuple[str, ClientModel]] = {}
 
     @contextmanager
     def reading(self, client: str, adapter: AdapterState) -> Iterator[ClientModel]:
@@ -41,12 +42,12 @@ class Readers:
             with reading(self._parts, client, adapter) as reader:
                 yield reader
             return
-        kept = self._kept.pop(client, None)
-        if kept is not None and not _same(kept[0], adapter):
+        kept, sha256 = self._kept.pop(client, None), adapter_sha256(adapter)
+        if kept is not None and kept[0] != sha256:
             self._parts.dismiss(client, _REQUESTS)
             kept = None
         if kept is None:
-            kept = (adapter, self._parts.admit(client, adapter, _REQUESTS))
+            kept = (sha256, self._parts.admit(client, adapter, _REQUESTS))
         try:
             yield kept[1]
         except BaseException:  # what it holds is not known
@@ -61,7 +62,3 @@ class Readers:
     def forget(self) -> None:
         """Forget the models, which were dismissed elsewhere."""
         self._kept.clear()
-
-
-def _same(one: AdapterState, other: AdapterState) -> bool:
-    return one.keys() == other.keys() and all(bool((one[name] == other[name]).all()) for name in one)
