@@ -40,7 +40,7 @@ def test_every_user_and_sample_belongs_to_one_client(small_config):
 
 
 def test_a_client_without_training_samples_is_named(small_config, monkeypatch):
-    monkeypatch.setattr("pplr.runtimes.assembly.draw_samples", lambda every, total, seed: [*every[:2], []])
+    monkeypatch.setattr("pplr.runtimes.run_data.draw_samples", lambda every, total, seed: [*every[:2], []])
     with pytest.raises(PartitionError, match=r"client 2 \(region: west\) has no training samples.*Lower federation"):
         load_run_data(small_config())
 
