@@ -46,6 +46,7 @@ class BackboneContract:
     """What every backbone must do; inherit it, give :meth:`make`, and pytest finds the rest.
 
     Example:
+        >>> from pplr.testing import tiny_backbone
         >>> class TestTinyLlama(BackboneContract):
         ...     def make(self):
         ...         return tiny_backbone("llama")
