@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from typer.testing import CliRunner
@@ -13,6 +14,7 @@ from pplr.apps.auditing import frontier, read_beside
 from pplr.apps.cli import app
 from pplr.errors import ConfigError, RunError
 from pplr.privacy.audits import AUDITS, inverter
+from pplr.recommend.evaluation import evaluate
 from pplr.runtimes.audit_settings import AuditSettings, make_settings
 from pplr.runtimes.auditing import audit_run
 from pplr.runtimes.run import Run, open_run
@@ -113,6 +115,17 @@ def test_noise_brings_the_attack_that_knows_it_and_every_wire_format_is_a_settin
     assert content["not_tried"] == [{"audit": "inverter", "knowledge": "own"}]
     bare, rounded = (found["worth"] for found in content["settings"][:2])
     assert {"low", "high", "users"} <= bare.keys() & rounded.keys()
+
+
+def test_where_nothing_is_done_to_states_one_ranking_tells_what_every_cut_is_worth(
+    item_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pplr.runtimes.auditing.evaluate", ranked := Mock(wraps=evaluate))
+    words = {"knowledge": ["own"], "attacks": ["nearest_embedding"], "users": 3, "noises": [0.0, 1.0]}
+    content = audit_run(item_run, make_settings(**words, cuts=[(0, 1), (1, 1)]))
+    assert ranked.call_count == 3  # without noise once, with noise at each cut
+    alone = audit_run(item_run, make_settings(**words, cuts=[(1, 1)]))
+    assert content["settings"][2]["worth"] == content["settings"][0]["worth"] == alone["settings"][0]["worth"]
 
 
 def test_what_the_run_was_worth_has_an_interval_from_its_own_test(item_run: Run) -> None:
