@@ -16,7 +16,7 @@ from torch import Tensor
 from pplr.backbones.causal_lm import CausalLM
 from pplr.backbones.shared_row import common_prefix
 from pplr.stages.client_model import ClientModel
-from pplr.stages.generation import GenerationCache
+from pplr.stages.generation import Generation
 from pplr.stages.stage import StageCall
 
 __all__ = ["Beams", "PackedBeams", "RowBeams", "TokenTree", "beams_of", "padded_left"]
@@ -42,13 +42,13 @@ class Beams(Protocol):
 
 
 def beams_of(
-    model: ClientModel, cache: GenerationCache, prompts: Sequence[Sequence[int]], opening: Sequence[int] = ()
+    model: ClientModel, generation: Generation, prompts: Sequence[Sequence[int]], opening: Sequence[int] = ()
 ) -> Beams:
     """Choose how beams are held: packed, or each in a row where blocks look back a limited way only.
 
     Args:
         model: A client's model with a ``causal_lm`` backbone.
-        cache: Its open caches, empty.
+        generation: Its open caches, empty.
         prompts: B token sequences.
         opening: What every prompt begins with, whoever it is about.
     """
@@ -56,8 +56,8 @@ def beams_of(
     if not isinstance(backbone, CausalLM):
         raise TypeError(f"only causal_lm generates, not {type(backbone).__name__}")
     if backbone.takes_masks:
-        return PackedBeams(model, backbone, cache, prompts, opening)
-    return RowBeams(model, backbone, cache, prompts)
+        return PackedBeams(model, backbone, generation, prompts, opening)
+    return RowBeams(backbone, generation, prompts)
 
 
 class TokenTree:
@@ -73,15 +73,15 @@ class TokenTree:
     Args:
         model: A client's model.
         backbone: Its backbone.
-        cache: Its open caches, empty.
+        generation: Its open caches, empty.
         opening: What every prompt begins with, whoever it is about; see
             :meth:`~pplr.stages.client_model.ClientModel.opening`.
     """
 
     def __init__(
-        self, model: ClientModel, backbone: CausalLM, cache: GenerationCache, opening: Sequence[int] = ()
+        self, model: ClientModel, backbone: CausalLM, generation: Generation, opening: Sequence[int] = ()
     ) -> None:
-        self._model, self._backbone, self._cache = model, backbone, cache
+        self._model, self._backbone, self._generation = model, backbone, generation
         self._opening = tuple(opening)
         self._sees: NDArray[np.bool_] = np.zeros((0, 1, 0), dtype=np.bool_)  # (B, S, L) what follows a slot sees
         self._first = 1  # the slot that is second in what is held; those between 0 and it belonged to rows that left
@@ -108,14 +108,14 @@ class TokenTree:
         begins = all(len(own) >= shared + tail and tuple(own[:shared]) == self._opening for own in prompts)
         kept = self._model.opening(self._opening) if begins else None
         if kept is not None:
-            self._model.append_rows(self._cache, kept, torch.zeros(len(prompts), dtype=torch.long, device=device))
+            self._generation.append_rows(kept, torch.zeros(len(prompts), dtype=torch.long, device=device))
         elif len(prompts) > 1:
             shared = min(common_prefix(prompts), min(map(len, prompts)) - tail)
         else:
             shared = 0
         if shared > 0 and kept is None:
             self._decode(torch.tensor([prompts[0][:shared]], device=device), torch.ones(1, shared, device=device))
-            self._model.reorder(self._cache, torch.zeros(len(prompts), dtype=torch.long, device=device))
+            self._generation.reorder(torch.zeros(len(prompts), dtype=torch.long, device=device))
         shared = max(shared, 0)
         rest, real = padded_left([prompt[shared:] for prompt in prompts], self._backbone.pad_token)
         tokens, is_real = rest.shape[1], real.bool().numpy()
@@ -134,12 +134,12 @@ class TokenTree:
 
         Tokens that none of the present rows sees any more are let go of.
         """
-        with self._model.generation() as cache:
-            fresh = TokenTree(self._model, self._backbone, cache, self._opening)
+        with self._model.generation() as fresh_generation:
+            fresh = TokenTree(self._model, self._backbone, fresh_generation, self._opening)
             states = fresh.begin(prompts, tail)
             skip = int(self._sees.any(axis=(0, 1)).argmax())
             rows = torch.arange(len(prompts), device=self._backbone.device)
-            self._model.append_rows(self._cache, cache, rows, skip)
+            self._generation.append_rows(fresh_generation, rows, skip)
         gone = min(self._entered) - self._first
         old, new = np.delete(self._sees[:, :, skip:], slice(1, 1 + gone), axis=1), fresh._sees
         self._first += gone
@@ -153,7 +153,7 @@ class TokenTree:
     def keep(self, rows: Sequence[int]) -> None:
         """Let go of all rows but these."""
         if list(rows) != list(range(len(self._sees))):
-            self._model.reorder(self._cache, torch.tensor(rows, dtype=torch.long, device=self._backbone.device))
+            self._generation.reorder(torch.tensor(rows, dtype=torch.long, device=self._backbone.device))
             self._sees = self._sees[list(rows)]
             self._entered = [self._entered[row] for row in rows]
 
@@ -178,13 +178,13 @@ class TokenTree:
 
     def _decode(self, tokens: Tensor, mask: Tensor) -> Tensor:
         mask = mask.long()
-        return self._model.decode(tokens, StageCall(attention_mask=mask, position_ids=_positions(mask)), self._cache)
+        return self._generation.decode(tokens, StageCall(attention_mask=mask, position_ids=_positions(mask)))
 
     def _see(self, tokens: Tensor, told: NDArray[np.bool_], real: Tensor) -> Tensor:
         device = self._backbone.device
         sees = torch.from_numpy(told).to(device)
         call = StageCall(attention_mask=sees[:, None], position_ids=sees.sum(dim=2) - 1, lengths=real.to(device))
-        return self._model.decode(tokens.to(device), call, self._cache)
+        return self._generation.decode(tokens.to(device), call)
 
 
 class PackedBeams:
@@ -193,7 +193,7 @@ class PackedBeams:
     Args:
         model: A client's model.
         backbone: Its backbone.
-        cache: Its open caches, empty.
+        generation: Its open caches, empty.
         prompts: B token sequences.
         opening: What every prompt begins with, whoever it is about.
     """
@@ -202,12 +202,12 @@ class PackedBeams:
         self,
         model: ClientModel,
         backbone: CausalLM,
-        cache: GenerationCache,
+        generation: Generation,
         prompts: Sequence[Sequence[int]],
         opening: Sequence[int] = (),
     ) -> None:
         self._backbone, self._prompts = backbone, prompts
-        self._tree = TokenTree(model, backbone, cache, opening)
+        self._tree = TokenTree(model, backbone, generation, opening)
         self._slots = np.zeros((len(prompts), 1), dtype=np.int64)  # (B, W) where each beam ends
 
     def begin(self) -> Tensor:
@@ -227,16 +227,13 @@ class RowBeams:
     """Each beam in a row of its own, its prompt's keys and values among it.
 
     Args:
-        model: A client's model.
-        backbone: Its backbone.
-        cache: Its open caches, empty.
+        backbone: The model's backbone.
+        generation: The model's open caches, empty.
         prompts: B token sequences.
     """
 
-    def __init__(
-        self, model: ClientModel, backbone: CausalLM, cache: GenerationCache, prompts: Sequence[Sequence[int]]
-    ) -> None:
-        self._model, self._backbone, self._cache, self._prompts = model, backbone, cache, prompts
+    def __init__(self, backbone: CausalLM, generation: Generation, prompts: Sequence[Sequence[int]]) -> None:
+        self._backbone, self._generation, self._prompts = backbone, generation, prompts
         self._mask = torch.zeros(0)  # (rows, T + G)
         self._width = 1
 
@@ -250,14 +247,14 @@ class RowBeams:
         """Run a token of every beam; see :class:`Beams`."""
         rows = (users[:, None] * self._width + parents).flatten()
         self._width = parents.shape[1]
-        self._model.reorder(self._cache, rows)
+        self._generation.reorder(rows)
         self._mask = torch.cat([self._mask[rows], self._mask.new_ones(len(rows), 1)], dim=1)
         return self._run(tokens.reshape(-1, 1))
 
     def _run(self, tokens: Tensor) -> Tensor:
         positions = _positions(self._mask)[:, -tokens.shape[1] :]
         call = StageCall(attention_mask=self._mask, position_ids=positions)
-        return self._backbone.logits(self._model.decode(tokens, call, self._cache)[:, -1])
+        return self._backbone.logits(self._generation.decode(tokens, call)[:, -1])
 
 
 def padded_left(prompts: Sequence[Sequence[int]], pad_token: int) -> tuple[Tensor, Tensor]:

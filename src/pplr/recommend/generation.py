@@ -68,9 +68,9 @@ def generate(
     if not isinstance(backbone, CausalLM):
         raise TypeError(f"only causal_lm generates, not {type(backbone).__name__}")
     padded, _ = padded_left(prompts, backbone.pad_token)
-    with model.generation() as caches:
+    with model.generation() as generation:
         found = search(
-            beams_of(model, caches, prompts, opening),
+            beams_of(model, generation, prompts, opening),
             padded.to(backbone.device),
             width=beams,
             longest=max_new_tokens,

@@ -15,11 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pplr.backbones.adapters import AdapterState, adapter_sha256, natural_order
 from pplr.backbones.base import Batch
-from pplr.backbones.caches import append_rows
 from pplr.config import TrainingConfig
 from pplr.errors import CheckpointError, ConfigError, TransportError
 from pplr.stages.boundary import Crossing, Guard
-from pplr.stages.generation import GenerationCache, Openings
+from pplr.stages.generation import Generation, Openings
 from pplr.stages.optimizer import LocalObjective, StageOptimizer
 from pplr.stages.pipeline import Ends, MicroBatch, train_overlapped
 from pplr.stages.stage import Member, Stage, StageCall
@@ -61,13 +60,13 @@ class ClientModel:
         self.guard = guard
         self._rate_weight = rate_weight
         self._stages = (input_stage, output_stage)
-        self._members = tuple(Member(stage, initial, training) for stage in self._stages)
+        self._members = (Member(input_stage, initial, training), Member(output_stage, initial, training))
         self._step = 0
         self._in_flight = in_flight
         self.keeps_constants = False
         self.has_settled = guard is not None and guard.settle_rounds is not None
         self._constants_are_old = self._lacks_constants(initial)
-        self.openings = Openings(self._open, self._version, transport)
+        self.openings = Openings(self._open, self._version)
 
     def settle(self, server_round: int) -> None:
         """Enter a server round: say whether the input stage stays as it is, as it does outside of training.
@@ -269,32 +268,22 @@ class ClientModel:
     # -- token by token ---------------------------------------------------------------------------------------
 
     @contextmanager
-    def generation(self) -> Iterator[GenerationCache]:
+    def generation(self) -> Iterator[Generation]:
         """Open caches in every stage for one generation, and close them whatever happens."""
-        cache = self._open_cache()
+        generation = self._generation()
         try:
-            yield cache
+            yield generation
         finally:
-            if self.transport is not None and cache.middle is not None:
-                self.transport.close_cache(cache.middle)
+            generation.close()
 
-    def _open_cache(self) -> GenerationCache:
-        caches = [self.backbone.new_cache(stage.blocks) for stage in self._stages]
-        return GenerationCache(caches[0], None if self.transport is None else self.transport.open_cache(), caches[1])
+    def _generation(self) -> Generation:
+        return Generation(self._stages, self._members, self.transport, self._guarded)
 
-    def append_rows(self, cache: GenerationCache, other: GenerationCache, rows: Tensor, skip: int = 0) -> None:
-        """Append rows of other caches in every stage; see :func:`~pplr.backbones.caches.append_rows`."""
-        for own, more in ((cache.input, other.input), (cache.output, other.output)):
-            append_rows(own, more, rows, skip)
-        if self.transport is not None and cache.middle is not None and other.middle is not None:
-            self.transport.append_rows(cache.middle, other.middle, rows, skip)
+    def opening(self, tokens: Sequence[int]) -> Generation | None:
+        """Return a generation of one row that holds what prompts begin with; it is run once for each adapter.
 
-    @torch.no_grad()
-    def opening(self, tokens: Sequence[int]) -> GenerationCache | None:
-        """Return open caches of one row that hold what prompts begin with; they are run once for each adapter.
-
-        They are kept until the adapter changes, the newest few. Nothing is kept across a network, nor where a guard
-        draws noise for what crosses.
+        The newest few are kept until the adapter changes. Nothing is kept across a network, nor where a guard draws
+        noise for what crosses.
 
         Args:
             tokens: What every prompt begins with, whoever it is about.
@@ -305,37 +294,20 @@ class ClientModel:
             return None
         return self.openings.of(tuple(tokens))
 
-    def _open(self, tokens: Sequence[int]) -> GenerationCache:
+    def _open(self, tokens: Sequence[int]) -> Generation:
         """Run one row into new caches."""
-        cache, device = self._open_cache(), self.backbone.device
+        opened, device = self._generation(), self.backbone.device
         call = StageCall(
             attention_mask=torch.ones(1, len(tokens), dtype=torch.long, device=device),
             position_ids=torch.arange(len(tokens), device=device)[None],
         )
-        self.decode(torch.tensor([list(tokens)], device=device), call, cache)
-        return cache
+        opened.decode(torch.tensor([list(tokens)], device=device), call)
+        return opened
 
     def _version(self) -> tuple[int, ...]:
         """Number the state of every stage's adapter."""
         own = [member.version for member in self._members]
         return (*own, self.transport.adapter_version()) if isinstance(self.transport, KeepingTransport) else tuple(own)
-
-    @torch.no_grad()
-    def decode(self, input_ids: Tensor, call: StageCall, cache: GenerationCache) -> Tensor:
-        """Run new tokens after what the caches hold: (B, T) -> (B, T, D), before the final norm."""
-        states = self.backbone.embed(input_ids, self._members[0].ends)
-        states = self._stages[0].run(self._members[0], states, call, cache.input)
-        if self.transport is not None and cache.middle is not None:
-            states = self.transport.decode(self._guarded(states), call, cache.middle)
-        return self._stages[1].run(self._members[1], states, call, cache.output)
-
-    def reorder(self, cache: GenerationCache, rows: Tensor) -> None:
-        """Keep the given rows of every cache, in the given order."""
-        for stage, own in zip(self._stages, (cache.input, cache.output), strict=True):
-            if len(stage.span) > 0:
-                own.reorder_cache(rows)
-        if self.transport is not None and cache.middle is not None:
-            self.transport.reorder_cache(cache.middle, rows)
 
     # -- optimizer, over all stages together ------------------------------------------------------------------
 

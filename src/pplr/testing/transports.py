@@ -92,10 +92,10 @@ class TransportContract:
         rows = torch.tensor([1, 0, 1])
         told = []
         for model in (self.admit(cut, "one", start), self.whole(start)):
-            with model.generation() as cache:
-                first = model.decode(tokens[:, :8], _decode_call(mask[:, :8], 8), cache)
-                model.reorder(cache, rows)
-                last = model.decode(tokens[rows, 8:], _decode_call(mask[rows], 4), cache)
+            with model.generation() as generation:
+                first = generation.decode(tokens[:, :8], _decode_call(mask[:, :8], 8))
+                generation.reorder(rows)
+                last = generation.decode(tokens[rows, 8:], _decode_call(mask[rows], 4))
             told.append((first[mask[:, :8] == 1], last))
         for one, other in zip(*told, strict=True):
             assert torch.equal(one, other)
@@ -107,17 +107,17 @@ class TransportContract:
         model, whole = self.admit(cut, "one", start), self.whole(start)
         tokens = torch.arange(24).reshape(2, 12) * 7 % 256
         mask = torch.tensor([[1] * 9, [0] * 5 + [1] * 4])
-        with model.generation() as cache, model.generation() as other:
-            model.decode(tokens[:, :8].flip(0), _decode_call(torch.ones(2, 8, dtype=torch.long), 8), cache)
-            model.decode(tokens[1:, :3], _decode_call(torch.ones(1, 3, dtype=torch.long), 3), other)
-            model.reorder(cache, torch.tensor([1]))
-            model.append_rows(cache, other, torch.tensor([0]))
+        with model.generation() as generation, model.generation() as other:
+            generation.decode(tokens[:, :8].flip(0), _decode_call(torch.ones(2, 8, dtype=torch.long), 8))
+            other.decode(tokens[1:, :3], _decode_call(torch.ones(1, 3, dtype=torch.long), 3))
+            generation.reorder(torch.tensor([1]))
+            generation.append_rows(other, torch.tensor([0]))
             last = torch.stack([tokens[0, 8:9], tokens[1, 3:4]])
-            told = model.decode(last, _decode_call(mask, 1), cache)
+            told = generation.decode(last, _decode_call(mask, 1))
         for row, length in enumerate((9, 4)):
             ones = torch.ones(1, length, dtype=torch.long)
-            with whole.generation() as cache:
-                alone = whole.decode(tokens[row : row + 1, :length], _decode_call(ones, length), cache)
+            with whole.generation() as generation:
+                alone = generation.decode(tokens[row : row + 1, :length], _decode_call(ones, length))
             torch.testing.assert_close(told[row, -1], alone[0, -1], rtol=1e-4, atol=1e-5)
 
     def test_counts_what_crosses_and_no_padding(self) -> None:
@@ -141,10 +141,10 @@ class TransportContract:
         assert model.traffic.since(before) == Traffic(batch.tokens * state, batch.tokens * state)
         before = model.traffic
         mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-        with model.generation() as cache:
-            model.decode(mask, _decode_call(mask, 5), cache)
+        with model.generation() as generation:
+            generation.decode(mask, _decode_call(mask, 5))
             longer = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
-            model.decode(longer[:, -1:], _decode_call(longer, 1), cache)
+            generation.decode(longer[:, -1:], _decode_call(longer, 1))
         assert model.traffic.since(before) == Traffic((8 + 2) * state, (8 + 2) * state)
 
     def test_clients_do_not_touch_each_other(self) -> None:
