@@ -47,7 +47,8 @@ from pplr.runtimes.identity import Kit, enroll_client, init_federation, read_kit
 from pplr.runtimes.stage_channel import StageChannel
 from pplr.runtimes.stage_client import GrpcTransport
 from pplr.runtimes.stage_server import ServerLimits, StageServer
-from pplr.runtimes.stage_tenancies import Session, Tenancies
+from pplr.runtimes.stage_sessions import Session
+from pplr.runtimes.stage_tenancies import Tenancies
 from pplr.runtimes.turns import Turns
 from pplr.stages.cut import CutPlan
 from pplr.stages.optimizer import LocalObjective

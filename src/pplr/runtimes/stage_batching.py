@@ -16,7 +16,8 @@ from pplr.errors import TransportError, UnknownSessionError, WireError
 from pplr.runtimes.meetings import Guest, Meetings
 from pplr.runtimes.stage_metrics import StageMetrics
 from pplr.runtimes.stage_passes import TrainingPasses
-from pplr.runtimes.stage_tenancies import Session, Tenancies
+from pplr.runtimes.stage_sessions import Session
+from pplr.runtimes.stage_tenancies import Tenancies
 from pplr.runtimes.turns import Turns
 from pplr.stages.host import Asked
 

@@ -19,8 +19,9 @@ from pplr.runtimes import stage_pb2 as pb
 from pplr.runtimes.codec import Wire
 from pplr.runtimes.stage_generation import Generations
 from pplr.runtimes.stage_passes import TrainingPasses, refuse
+from pplr.runtimes.stage_sessions import Session, Settings, check_optimizer
 from pplr.runtimes.stage_state import Owner
-from pplr.runtimes.stage_tenancies import Session, Settings, Tenancies, check_optimizer
+from pplr.runtimes.stage_tenancies import Tenancies
 from pplr.stages.cut import CutPlan
 from pplr.stages.optimizer import LocalObjective
 

@@ -11,7 +11,8 @@ from pplr.errors import LimitError
 from pplr.runtimes import codec
 from pplr.runtimes import stage_pb2 as pb
 from pplr.runtimes.stage_passes import TrainingPasses, check_tokens, refuse
-from pplr.runtimes.stage_tenancies import CacheState, Session, Tenancies
+from pplr.runtimes.stage_sessions import CacheState, Session
+from pplr.runtimes.stage_tenancies import Tenancies
 from pplr.stages.stage import StageCall
 
 __all__ = ["Generations"]

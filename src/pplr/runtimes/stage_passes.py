@@ -14,7 +14,8 @@ from pplr.errors import LimitError, WireError
 from pplr.runtimes import codec
 from pplr.runtimes import stage_pb2 as pb
 from pplr.runtimes.codec import Limits
-from pplr.runtimes.stage_tenancies import Session, Tenancies
+from pplr.runtimes.stage_sessions import Session
+from pplr.runtimes.stage_tenancies import Tenancies
 from pplr.stages.host import Asked
 from pplr.stages.stage import StageCall
 

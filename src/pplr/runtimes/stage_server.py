@@ -43,8 +43,9 @@ from pplr.runtimes.stage_batching import DynamicBatcher
 from pplr.runtimes.stage_calls import OperatorCalls, SessionCalls
 from pplr.runtimes.stage_metrics import StageMetrics
 from pplr.runtimes.stage_passes import TrainingPasses
+from pplr.runtimes.stage_sessions import ServerLimits
 from pplr.runtimes.stage_state import StateStore
-from pplr.runtimes.stage_tenancies import ServerLimits, Tenancies
+from pplr.runtimes.stage_tenancies import Tenancies
 from pplr.runtimes.turns import Turns
 
 __all__ = ["ServerLimits", "StageServer"]
