@@ -8,10 +8,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from pplr.apps import cli, enrolling
+from pplr.apps import enrolling
+from pplr.apps.command_group import CommandGroup
 from pplr.runtimes.identity import enrolled, read_kit, read_server
 
-ROOT = typer.Typer(cls=cli._Commands, no_args_is_help=True)
+ROOT = typer.Typer(cls=CommandGroup, no_args_is_help=True)
 ROOT.add_typer(enrolling.app, name="enroll")
 
 

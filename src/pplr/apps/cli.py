@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 import shlex
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from pplr import __version__
 from pplr.apps import cutting, data, enrolling, serving, staging, starting
+from pplr.apps.command_group import INTERRUPTED, CommandGroup, complain, silence
 from pplr.apps.options import (
     BootstrapSeed,
     ConfigPath,
@@ -26,50 +24,11 @@ from pplr.apps.options import (
     StageServer,
     stage_server_at,
 )
-from pplr.errors import PplrError
 
 __all__ = ["app", "main"]
 
-_INTERRUPTED = 130
-_BROKEN_PIPE = 141
-_EXTRAS = dict.fromkeys(("cryptography", "grpc", "grpc_health", "google", "prometheus_client"), "network")
-_EXTRAS |= dict.fromkeys(("flwr", "httpx", "ray"), "flower")
-_EXTRAS |= dict.fromkeys(("matplotlib", "jinja2"), "plots")
-_EXTRAS |= dict.fromkeys(("nicegui", "fastapi", "uvicorn"), "web")
-"""Packages that only some commands need, and the extra that installs each."""
-
-
-class _Commands(TyperGroup):
-    """Ends every command the same way: an expected error in one line, Ctrl-C in one line, a closed pipe in none."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
-        try:
-            return super().invoke(ctx)
-        except PplrError as error:
-            _complain(f"error: {error}")
-            raise typer.Exit(1) from error
-        except KeyboardInterrupt as error:
-            _complain("stopped")
-            raise typer.Exit(_INTERRUPTED) from error
-        except BrokenPipeError as error:
-            _silence()
-            raise typer.Exit(_BROKEN_PIPE) from error
-        except ModuleNotFoundError as error:
-            extra = _EXTRAS.get((error.name or "").split(".")[0])
-            if extra is None:
-                raise
-            _complain(f"error: this command needs {error.name}. Install it with: pip install 'pplr[{extra}]'")
-            raise typer.Exit(1) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            _complain("error: no space left on the disk. Free some space and run the command again.")
-            raise typer.Exit(1) from error
-
-
 app = typer.Typer(
-    cls=_Commands,
+    cls=CommandGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -97,7 +56,7 @@ def main() -> None:
         try:
             sys.stdout.flush()
         except BrokenPipeError:
-            _silence()
+            silence()
 
 
 def _show_version(asked: bool) -> None:
@@ -168,8 +127,8 @@ def train(
                 progress=progress,
             )
     except KeyboardInterrupt as error:
-        _complain(f"stopped. Go on with: {again}")
-        raise typer.Exit(_INTERRUPTED) from error
+        complain(f"stopped. Go on with: {again}")
+        raise typer.Exit(INTERRUPTED) from error
     if metrics is not None:
         screen.line()
         screen.lines(result_table(metrics, screen.width))
@@ -426,7 +385,7 @@ def web(
         from pplr.apps.web.gate import is_loopback
         from pplr.apps.web.serving import serve
     if not is_loopback(host):
-        _complain(
+        complain(
             f"warning: {host} can be reached from other machines. The page has no login and shows the histories of "
             "this run's users to whoever opens it."
         )
@@ -468,22 +427,6 @@ def doctor() -> None:
         screen.line(line)
     if not findings.usable:
         raise typer.Exit(1)
-
-
-def _complain(line: str) -> None:
-    """Write one line to standard error, whatever it holds."""
-    from pplr.apps.tables import clean
-
-    with contextlib.suppress(BrokenPipeError):
-        typer.echo(" ".join(clean(line).split()), err=True)
-
-
-def _silence() -> None:
-    """Send what is left to write to nowhere, so that Python does not complain about the closed pipe at its end."""
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,69 @@
+"""How commands end: what an error that was expected, Ctrl-C, a closed pipe and a missing extra become."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from pplr.errors import PplrError
+
+__all__ = ["EXTRAS", "INTERRUPTED", "CommandGroup", "complain", "silence"]
+
+INTERRUPTED = 130
+_BROKEN_PIPE = 141
+EXTRAS = dict.fromkeys(("cryptography", "grpc", "grpc_health", "google", "prometheus_client"), "network")
+EXTRAS |= dict.fromkeys(("flwr", "httpx", "ray"), "flower")
+EXTRAS |= dict.fromkeys(("matplotlib", "jinja2"), "plots")
+EXTRAS |= dict.fromkeys(("nicegui", "fastapi", "uvicorn"), "web")
+"""Packages that only some commands need, and the extra that installs each."""
+
+
+class CommandGroup(TyperGroup):
+    """Ends every command the same way: an expected error in one line, Ctrl-C in one line, a closed pipe in none."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except PplrError as error:
+            complain(f"error: {error}")
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            complain("stopped")
+            raise typer.Exit(INTERRUPTED) from error
+        except BrokenPipeError as error:
+            silence()
+            raise typer.Exit(_BROKEN_PIPE) from error
+        except ModuleNotFoundError as error:
+            extra = EXTRAS.get((error.name or "").split(".")[0])
+            if extra is None:
+                raise
+            complain(f"error: this command needs {error.name}. Install it with: pip install 'pplr[{extra}]'")
+            raise typer.Exit(1) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            complain("error: no space left on the disk. Free some space and run the command again.")
+            raise typer.Exit(1) from error
+
+
+def complain(line: str) -> None:
+    """Write one line to standard error, whatever it holds."""
+    from pplr.apps.tables import clean
+
+    with contextlib.suppress(BrokenPipeError):
+        typer.echo(" ".join(clean(line).split()), err=True)
+
+
+def silence() -> None:
+    """Send what is left to write to nowhere, so that Python does not complain about the closed pipe at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
