@@ -34,6 +34,8 @@ SWEPT_NOISES = (0.0, 0.5, 2.0)
 """Noise levels of a sweep, as multiples of the states' own size."""
 SWEPT_WIRE = "int8"
 """Wire format of a sweep beside the run's own: the one that rounds most."""
+_FEWEST_AFTER = "tab:red"
+"""Colour of the fewest output blocks, in a drawing of several."""
 
 
 def parse_cuts(told: Sequence[str]) -> tuple[tuple[int, int], ...]:
@@ -168,6 +170,7 @@ def frontier(
     """Make the drawing of :func:`draw_frontier`, without its title.
 
     Marks tell depths apart, their filling noise, and grey is another wire format; other runs have marks of their own.
+    Where numbers of output blocks differ, as few as there are have a colour: what comes back there tells most.
     """
     from matplotlib.figure import Figure
 
@@ -178,10 +181,13 @@ def frontier(
     depths = sorted({found["cut"]["input_layers"] for found in content["settings"]})
     marks = dict(zip(depths, "osD^v<>", strict=False))
     wires = list(dict.fromkeys(found.get("wire") or content.get("wire") for found in content["settings"]))
+    after = sorted({found["cut"]["output_layers"] for found in content["settings"]})
+    tones = {depth: _FEWEST_AFTER if len(after) > 1 and depth == after[0] else "black" for depth in after}
     for found in content["settings"]:
         usual = (found.get("wire") or content.get("wire")) == wires[0]
         mark, fill = marks.get(found["cut"]["input_layers"], "o"), fills.get(found["noise"], "none")
-        _point(axes, found, metric, fmt=mark, fillstyle=fill, color="black" if usual else "0.55")
+        tone = tones[found["cut"]["output_layers"]] if usual else "0.55"
+        _point(axes, found, metric, fmt=mark, fillstyle=fill, color=tone)
     for (label, other), mark in zip(beside, cycle("X*Ph"), strict=False):
         for found in own_settings(other) or other["settings"]:
             _point(axes, found, metric, fmt=mark, color="black", markersize=9)
@@ -204,9 +210,12 @@ def frontier(
     for noise in noises if len(noises) > 1 else ():
         fill = fills.get(noise, "none")
         axes.plot([], [], "o", color="black", fillstyle=fill, markerfacecoloralt="white", label=f"noise {noise:g}")
+    if len(after) > 1:
+        axes.plot([], [], "o", color=_FEWEST_AFTER, label=f"m = {after[0]}")
+        axes.plot([], [], "o", color="black", label=f"m = {', '.join(map(str, after[1:]))}")
     for wire in wires[1:]:
         axes.plot([], [], "o", color="0.55", label=f"{wire} on the wire")
     axes.set(xlabel=f"{metric} of the strongest attack (0 to 1)", ylabel=f"{content['metric']}", xlim=(-0.02, 1.02))
     axes.set_ylim(bottom=0)
-    chart.legend(loc="outside upper left", ncols=5, fontsize=8, frameon=False, handlelength=1.2, columnspacing=1.2)
+    chart.legend(loc="outside lower left", ncols=5, fontsize=8, frameon=False, handlelength=1.2, columnspacing=1.2)
     return chart
