@@ -11,12 +11,13 @@ from benchmarks.tables import Section, table, where
 __all__ = ["defence_section", "draw_defences"]
 
 _METRIC = "item_f1"
+_SHOWN = {_METRIC: "item F1", "target_hit@1": "target"}
 
 
-def strongest(setting: Mapping[str, Any], metric: str) -> Mapping[str, float]:
-    """Find what the attack that found most has found."""
+def strongest(setting: Mapping[str, Any], metric: str) -> Mapping[str, float] | None:
+    """Find what the attack that found most has found; none where no attack tells of that."""
     told = [own[metric] for own in setting["audits"] if own.get(metric)]
-    return max(told, key=lambda own: float(own["mean"]))
+    return max(told, key=lambda own: float(own["mean"]), default=None)
 
 
 def defence_section(name: str, told: Mapping[str, Any]) -> Section:
@@ -28,10 +29,12 @@ def defence_section(name: str, told: Mapping[str, Any]) -> Section:
     """
     rows = told["defences"]
     passes = [own["passes"] for own in rows[0]["settings"]]
+    every = [setting for row in rows for setting in row["settings"]]
+    shown = {key: label for key, label in _SHOWN.items() if any(strongest(own, key) for own in every)}
     head = ["states", "model trained", rows[0]["metric"], "bits a state"]
     for own in passes:
         where_seen = "one pass" if own == 1 else f"{own} passes"
-        head += [f"item F1, {where_seen}", f"target, {where_seen}"]
+        head += [f"{label}, {where_seen}" for label in shown.values()]
     body: list[list[str]] = []
     for row in rows:
         guard = row["settings"][0]["guard"] or "as they are"
@@ -39,9 +42,9 @@ def defence_section(name: str, told: Mapping[str, Any]) -> Section:
         bits = "" if row["bits"] is None else f"{row['bits']:.2f}"
         cells = [guard, trained, _cell(row["worth"], 4), bits]
         for setting in row["settings"]:
-            cells += [_cell(strongest(setting, metric)) for metric in (_METRIC, "target_hit@1")]
+            cells += [_cell(strongest(setting, metric)) for metric in shown]
         body.append(cells)
-    guess = [_cell(rows[0]["baseline"][metric]) for metric in (_METRIC, "target_hit@1")]
+    guess = [_cell(rows[0]["baseline"][metric]) for metric in shown]
     body.append(["no states, popularity", "", "", "", *guess * len(passes)])
     attacks = sorted({own["audit"] for row in rows for setting in row["settings"] for own in setting["audits"]})
     note = (
@@ -54,13 +57,15 @@ def defence_section(name: str, told: Mapping[str, Any]) -> Section:
     if (own := told.get("differences")) is not None:
         parts.append(
             f"Were the noise of {own['defence']} one for each user and item while the input stage is trained on, what "
-            f"crosses in two rounds, one less the other, would give an item F1 of {_cell(own[_METRIC])} and the target "
-            f"of {_cell(own['target_hit@1'])} of {own['users']} users."
+            f"crosses in two rounds, one less the other, would give an item F1 of {_cell(own[_METRIC])}, the mean "
+            f"of {own['users']} users."
         )
     return Section(f"privacy-{name}", f"Trained defences: {name}", "\n\n".join(parts))
 
 
-def _cell(told: Mapping[str, float], digits: int = 2) -> str:
+def _cell(told: Mapping[str, float] | None, digits: int = 2) -> str:
+    if told is None:
+        return ""
     if "low" not in told:
         return f"{told['mean']:.{digits}f}"
     return f"{told['mean']:.{digits}f} ({told['low']:.{digits}f} to {told['high']:.{digits}f})"
@@ -80,6 +85,8 @@ def draw_defences(told: Mapping[str, Any], path: Path) -> None:
         label = guard if row["trained_under_it"] else f"{guard}; trained without it"
         for place, setting in enumerate(row["settings"]):
             leak, worth = strongest(setting, _METRIC), row["worth"]
+            if leak is None:
+                continue
             low, high = (worth.get(key, worth["mean"]) for key in ("low", "high"))
             axes.errorbar(
                 leak["mean"],

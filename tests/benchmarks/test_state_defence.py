@@ -53,6 +53,17 @@ def test_the_table_tells_the_strongest_attack_and_what_bounds_it() -> None:
     assert "item F1 of 0.90 (0.80 to 1.00)" in body
 
 
+def test_what_no_attack_tells_has_no_column() -> None:
+    content = json.loads(json.dumps(CONTENT))
+    for own in content["defences"]:
+        for audit in (audit for setting in own["settings"] for audit in setting["audits"]):
+            audit["target_hit@1"] = None
+    head, _, first, *_ = defence_section("x", content).body.splitlines()
+    assert "target" in defence_section("x", CONTENT).body.splitlines()[0]
+    assert "target" not in head
+    assert len(head.split("|")) == len(first.split("|"))
+
+
 def test_each_is_trained_and_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained, attacked = [], []
 
