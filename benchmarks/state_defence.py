@@ -50,13 +50,15 @@ DEFENCES: dict[str, tuple[str, ...]] = {
     "gaussian-0.02": ("clip_norm=36", "noise=gaussian", "noise_multiplier=0.02"),
     "gaussian-0.04": ("clip_norm=36", "noise=gaussian", "noise_multiplier=0.04"),
     "gaussian-0.08": ("clip_norm=36", "noise=gaussian", "noise_multiplier=0.08"),
+    "gaussian-0.12": ("clip_norm=36", "noise=gaussian", "noise_multiplier=0.12"),
+    "gaussian-0.16": ("clip_norm=36", "noise=gaussian", "noise_multiplier=0.16"),
     "learned-0.01": ("noise=learned", "code_width=32", "rate_weight=0.01"),
     "learned-0.03": ("noise=learned", "code_width=32", "rate_weight=0.03"),
     "learned-0.1": ("noise=learned", "code_width=32", "rate_weight=0.1"),
     "learned-0.03-settled": ("noise=learned", "code_width=32", "rate_weight=0.03", "settle_rounds=1"),
 }
-"""Settings of ``privacy.states`` that models are trained under: noise about half, once and twice as large as states
-that are as long as the clip, and codes of more and more weight on their rate."""
+"""Settings of ``privacy.states`` that models are trained under: noise from half to four times as large as states that
+are as long as the clip, and codes of more and more weight on their rate."""
 AFTERWARDS = ("gaussian-0.04", "gaussian-0.08")
 """Those that are also put on the model that was trained without any."""
 MOVING = "gaussian-0.08"
