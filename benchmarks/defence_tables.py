@@ -77,12 +77,11 @@ def draw_defences(told: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows: Sequence[Mapping[str, Any]] = told["defences"]
-    chart = Figure(figsize=(8, 4.5), layout="constrained")
+    chart = Figure(figsize=(7, 4), layout="constrained")
     axes = chart.subplots()
-    colours = colormaps["tab10"]
+    colours = colormaps["tab20"]
     for number, row in enumerate(rows):
-        guard = row["settings"][0]["guard"] or "as they are"
-        label = guard if row["trained_under_it"] else f"{guard}; trained without it"
+        label = row["defence"] if row["trained_under_it"] else f"{row['defence']}, trained without"
         for place, setting in enumerate(row["settings"]):
             leak, worth = strongest(setting, _METRIC), row["worth"]
             if leak is None:
@@ -94,8 +93,8 @@ def draw_defences(told: Mapping[str, Any], path: Path) -> None:
                 xerr=[[leak["mean"] - leak["low"]], [leak["high"] - leak["mean"]]],
                 yerr=[[worth["mean"] - low], [high - worth["mean"]]],
                 fmt="os^D"[place % 4],
-                color=colours(number % 10),
-                markerfacecolor=colours(number % 10) if place == 0 else "white",
+                color=colours(number % 20),
+                markerfacecolor=colours(number % 20) if place == 0 else "white",
                 label=label if place == 0 else None,
                 capsize=2,
             )
@@ -105,5 +104,5 @@ def draw_defences(told: Mapping[str, Any], path: Path) -> None:
     seen = ", ".join(str(own["passes"]) for own in rows[0]["settings"])
     axes.set(xlabel=f"item F1 of the strongest attack, passes {seen}", ylabel=rows[0]["metric"], xlim=(-0.02, 1.02))
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    chart.legend(fontsize=8, loc="outside right upper", frameon=False)
     chart.savefig(path, dpi=150)
