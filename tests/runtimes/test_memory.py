@@ -14,7 +14,6 @@ from pplr.runtimes.memory import peak_rss_bytes, rss_bytes
 FREES = """
 import sys
 import torch
-from pplr.backbones.arithmetic import multiplies_bfloat16
 from pplr.runtimes.memory import hand_back_large_blocks, rss_bytes
 took = hand_back_large_blocks() if sys.argv[1] == "yes" else None
 torch.ones(4 << 20)  # 16 MiB, freed at once: without the call glibc would now keep blocks of up to this size
@@ -29,7 +28,6 @@ print(took, rss_bytes() - before)
 SHAPES = """
 import sys
 import torch
-from pplr.backbones.arithmetic import multiplies_bfloat16
 from pplr.runtimes.memory import keep_few_kernels, rss_bytes
 if sys.argv[1] == "yes":
     keep_few_kernels()
