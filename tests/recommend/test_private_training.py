@@ -16,6 +16,7 @@ from pplr.privacy.coins import SecretCoins
 from pplr.recommend.private_training import by_user, private_steps, train_privately
 from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
+from pplr.stages.joint_optimizer import JointOptimizer
 from pplr.stages.model import CutModel
 from pplr.stages.optimizer import LocalObjective
 from pplr.testing import (
@@ -186,7 +187,7 @@ def test_one_user_s_gradient_depends_on_no_other_user(trees, users):
             before = {n: t.clone() for n, t in model._members[1].optimizer._kept.items()}
             loss = model.train_loss(trees.collate(own), 3)
             (loss / 7).backward()
-            model.keep_gradient(0.1)
+            model.optimizer.keep_gradient(0.1)
             after = model._members[1].optimizer._kept
             if own is users[0]:
                 sums.append({n: t - before[n] if n in before else t.clone() for n, t in after.items()})
@@ -286,7 +287,7 @@ def test_errors(trees, users):
 
 def test_after_an_error_nothing_is_kept(trees, users, monkeypatch):
     model = client(trees)
-    monkeypatch.setattr(ClientModel, "release_gradient", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(JointOptimizer, "release_gradient", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(model, users, private(), Given())
     monkeypatch.undo()

@@ -122,9 +122,9 @@ def train_privately(
             drawn = coins.uniform(len(users)) < private.sampling_rate
             for own in (own for own, is_drawn in zip(users, drawn, strict=True) if is_drawn):
                 _backward(model, own, config, coins)
-                model.keep_gradient(private.clip_norm, middle=middle)
+                model.optimizer.keep_gradient(private.clip_norm, middle=middle)
                 advance(len(own))
-            model.release_gradient(noise, private.users_per_step, middle=middle)
+            model.optimizer.release_gradient(noise, private.users_per_step, middle=middle)
             model.optimizer_step(config.clip_norm)
     except BaseException:
         if model.transport is not None:

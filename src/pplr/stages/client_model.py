@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -16,10 +15,11 @@ from torch.nn.utils.rnn import pad_sequence
 from pplr.backbones.adapters import AdapterState, adapter_sha256, natural_order
 from pplr.backbones.base import Batch
 from pplr.config import TrainingConfig
-from pplr.errors import CheckpointError, ConfigError, TransportError
+from pplr.errors import ConfigError, TransportError
 from pplr.stages.boundary import Crossing, Guard
 from pplr.stages.generation import Generation, Openings
-from pplr.stages.optimizer import LocalObjective, StageOptimizer
+from pplr.stages.joint_optimizer import JointOptimizer
+from pplr.stages.optimizer import LocalObjective
 from pplr.stages.pipeline import Ends, MicroBatch, train_overlapped
 from pplr.stages.stage import Member, Stage, StageCall
 from pplr.stages.transport import KeepingTransport, LocalTransport, TakingTransport, Traffic, Transport
@@ -61,6 +61,7 @@ class ClientModel:
         self._rate_weight = rate_weight
         self._stages = (input_stage, output_stage)
         self._members = (Member(input_stage, initial, training), Member(output_stage, initial, training))
+        self.optimizer = JointOptimizer([member.optimizer for member in self._members], transport)
         self._step = 0
         self._in_flight = in_flight
         self.keeps_constants = False
@@ -316,14 +317,10 @@ class ClientModel:
     ) -> None:
         """Prepare a round of local training; see :class:`~pplr.stages.optimizer.StageOptimizer`."""
         self.openings.close()
-        objective = objective or LocalObjective()
-        for member in self._members:
-            member.optimizer.begin_round(total_steps, objective, anchor)
+        self.optimizer.begin_round(total_steps, objective or LocalObjective(), anchor)
         if self.has_settled:
             for parameter in self._members[0].parameters.values():
                 parameter.requires_grad_(False)
-        if self.transport is not None:
-            self.transport.begin_round(total_steps, objective, anchor)
 
     def optimizer_step(self, clip_norm: float | None) -> float:
         """Clip by the global norm over all stages and step each of them once.
@@ -331,68 +328,13 @@ class ClientModel:
         Returns:
             The gradient norm before clipping.
         """
-        squared = sum(member.optimizer.gradient_norm_squared() for member in self._members)
-        if self.transport is not None:
-            squared += self.transport.gradient_norm_squared()
-        norm = float(squared**0.5)
-        scale = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
-        for member in self._members:
-            member.optimizer.step(scale)
-        if self.transport is not None:
-            self.transport.optimizer_step(scale)
+        norm = self.optimizer.step(clip_norm)
         self._constants_are_old = bool(self.backbone.constant)
         return norm
 
-    def keep_gradient(self, clip_norm: float, *, middle: bool = True) -> float:
-        """Clip what backward passes left by its norm over all stages, add it to the sum that is kept, and clear it.
-
-        A gradient that is not finite adds nothing: it could not be bounded, and an error would tell of it.
-
-        Args:
-            clip_norm: The most that it adds.
-            middle: Whether the middle adapter is trained; without it, what reached it is let go.
-
-        Returns:
-            The norm before clipping.
-
-        Raises:
-            ConfigError: The middle adapter is to be trained, and its gradients are on a server.
-        """
-        optimizers = self._optimizers(middle=middle)
-        norm = math.sqrt(sum(own.data_norm_squared() for own in optimizers))
-        scale = min(1.0, clip_norm / norm) if norm > 0 else 1.0
-        for own in optimizers:
-            own.keep_gradient(scale if math.isfinite(norm) else 0.0)
-        if self.transport is not None and not middle:
-            self.transport.discard()
-        return norm
-
-    def release_gradient(self, noise: Callable[[torch.Size], Tensor], divisor: float, *, middle: bool = True) -> None:
-        """Make the kept sum with noise the gradient of the next step.
-
-        See :meth:`~pplr.stages.optimizer.StageOptimizer.release_gradient`.
-        """
-        for own in self._optimizers(middle=middle):
-            own.release_gradient(noise, divisor)
-
-    def _optimizers(self, *, middle: bool) -> list[StageOptimizer]:
-        """Collect the optimizers of all stages whose gradients are clipped together."""
-        own = [member.optimizer for member in self._members]
-        if self.transport is None or not middle:
-            return own
-        if not isinstance(self.transport, LocalTransport):
-            raise ConfigError(
-                "a user's gradient is clipped over all stages at once, and the middle one is on a stage server",
-                cure="Set privacy.dp.freeze_middle: true, or train without a stage server.",
-            )
-        return [*own, self.transport.optimizer]
-
     def end_round(self) -> None:
         """Let go of what only the round needed."""
-        for member in self._members:
-            member.optimizer.end_round()
-        if self.transport is not None:
-            self.transport.end_round()
+        self.optimizer.end_round()
 
     # -- state ------------------------------------------------------------------------------------------------
 
@@ -439,12 +381,7 @@ class ClientModel:
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Return the optimizer's state of all stages as flat tensors."""
-        flat: dict[str, Tensor] = {}
-        for member in self._members:
-            flat |= member.optimizer.state()
-        if self.transport is not None:
-            flat |= self.transport.optimizer_state()
-        return flat
+        return self.optimizer.state()
 
     def restore_optimizer(self, flat: Mapping[str, Tensor]) -> None:
         """Take back what :meth:`optimizer_state` returned.
@@ -452,9 +389,4 @@ class ClientModel:
         Raises:
             CheckpointError: It has no step count.
         """
-        if "steps" not in flat:
-            raise CheckpointError("the optimizer state has no step count", cure="Resume from an older checkpoint.")
-        for member in self._members:
-            member.optimizer.restore(flat)
-        if self.transport is not None:
-            self.transport.restore_optimizer(flat)
+        self.optimizer.restore(flat)
