@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.measuring import machine, quality_parser
 from benchmarks.quality import finish
-from pplr.apps.auditing import SWEPT_NOISES, draw_frontier, parse_cuts, read_beside, sweep_cuts
+from pplr.apps.auditing import SWEPT_NOISES, draw_frontier, label_of, parse_cuts, read_beside, sweep_cuts
 from pplr.errors import PplrError
 from pplr.privacy.audits import PAIRS
 from pplr.runtimes.run import open_run
@@ -125,7 +125,8 @@ def main() -> None:
     command = shlex.join(["python", "-m", "benchmarks.audit", *sys.argv[1:]])
     content = {"command": command, "machine": machine(), "seeds": told}
     write_json(path, content)
-    draw_frontier(pooled(told), path.with_suffix(".png"), beside=others)
+    label = label_of(folder) if others else None
+    draw_frontier(pooled(told), path.with_suffix(".png"), beside=others, label=label)
     print(f"wrote results/privacy/{path.name} and its plot")
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "audit_tables",
     "draw_frontier",
     "frontier",
+    "label_of",
     "parse_cuts",
     "read_beside",
     "sweep_cuts",
@@ -116,12 +117,14 @@ def read_beside(folder: Path) -> tuple[str, dict[str, Any]]:
     path = folder / "audit.json"
     if not path.exists():
         raise RunError(f"{folder} was not audited", cure=f"Run `pplr audit {folder}` first.")
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    label, metrics = folder.name, folder / "metrics.json"
+    return label_of(folder), json.loads(path.read_text(encoding="utf-8"))
+
+
+def label_of(folder: Path) -> str:
+    """Name a run on a plot that shows several: its folder, and its ε where it was trained with user-level privacy."""
+    metrics = folder / "metrics.json"
     private = json.loads(metrics.read_text(encoding="utf-8")).get("privacy") if metrics.exists() else None
-    if private is not None:
-        label += f", users' ε {max(private['epsilon'].values()):.3g}"
-    return label, content
+    return folder.name if private is None else f"{folder.name}, users' ε {max(private['epsilon'].values()):.3g}"
 
 
 def draw_frontier(
@@ -129,6 +132,7 @@ def draw_frontier(
     path: Path,
     metric: str = "item_f1",
     beside: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    label: str | None = None,
 ) -> None:
     """Draw leakage against what recommendations are worth, a point for each setting, by its strongest attack.
 
@@ -137,8 +141,9 @@ def draw_frontier(
         path: Of the PNG.
         metric: Leakage, by name.
         beside: Labels and audits of other runs, of each the settings as the run is, else all.
+        label: Of the run itself, where others stand beside it.
     """
-    chart = frontier(content, metric, beside)
+    chart = frontier(content, metric, beside, label)
     chart.suptitle(f"What the server reads, and what recommendations are worth: {content['backbone']}", fontsize=9)
     chart.savefig(path, dpi=150)
 
@@ -165,7 +170,10 @@ def _point(axes: Any, found: Mapping[str, Any], metric: str, **style: Any) -> No
 
 
 def frontier(
-    content: Mapping[str, Any], metric: str = "item_f1", beside: Sequence[tuple[str, Mapping[str, Any]]] = ()
+    content: Mapping[str, Any],
+    metric: str = "item_f1",
+    beside: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    label: str | None = None,
 ) -> Figure:
     """Make the drawing of :func:`draw_frontier`, without its title.
 
@@ -188,10 +196,10 @@ def frontier(
         mark, fill = marks.get(found["cut"]["input_layers"], "o"), fills.get(found["noise"], "none")
         tone = tones[found["cut"]["output_layers"]] if usual else "0.55"
         _point(axes, found, metric, fmt=mark, fillstyle=fill, color=tone)
-    for (label, other), mark in zip(beside, cycle("X*Ph"), strict=False):
+    for (name, other), mark in zip(beside, cycle("X*Ph"), strict=False):
         for found in own_settings(other) or other["settings"]:
             _point(axes, found, metric, fmt=mark, color="black", markersize=9)
-        axes.plot([], [], mark, color="black", label=label)
+        axes.plot([], [], mark, color="black", label=name)
     guess = content["baseline"][metric]
     if guess is not None:
         axes.axvspan(guess["low"], guess["high"], color="0.9", zorder=0)
@@ -205,8 +213,9 @@ def frontier(
             rotation=90,
             fontsize=8,
         )
+    whose = f"{label}, " if label else ""
     for depth in depths:
-        axes.plot([], [], marks.get(depth, "o"), color="black", label=f"k = {depth}")
+        axes.plot([], [], marks.get(depth, "o"), color="black", label=f"{whose}k = {depth}")
     for noise in noises if len(noises) > 1 else ():
         fill = fills.get(noise, "none")
         axes.plot([], [], "o", color="black", fillstyle=fill, markerfacecoloralt="white", label=f"noise {noise:g}")

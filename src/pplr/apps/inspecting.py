@@ -88,7 +88,8 @@ def audit(
     screen.line()
     screen.line(f"written: {run_dir / 'audit.json'}")
     if sweep or others:
-        auditing.draw_frontier(content, run_dir / "audit.png", beside=others)
+        label = auditing.label_of(run_dir) if others else None
+        auditing.draw_frontier(content, run_dir / "audit.png", beside=others, label=label)
         screen.line(f"drawn: {run_dir / 'audit.png'}")
     screen.line()
     screen.line(content["verdict"])
