@@ -10,7 +10,7 @@ BACKBONE ?= item_vectors
 QUICKSTART := configs/quickstart$(if $(filter-out item_vectors,$(BACKBONE)),_$(BACKBONE)).yaml
 USER_ID ?= 50
 FUZZ_MESSAGES ?= 1000000
-WORKERS ?= 2
+WORKERS ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench docs fuzz wheel-check clean
@@ -36,7 +36,7 @@ check: $(VENV)/.installed ## Lint, types, layers, tests and doctests.
 	$(BIN)/ruff format --check src tests benchmarks docs examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest --quiet --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	GOMP_SPINCOUNT=1000 $(BIN)/pytest --quiet --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/.installed ## Measure speed and memory side by side, and write benchmarks/results.
 	$(BIN)/python -m benchmarks

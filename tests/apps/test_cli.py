@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -426,3 +427,21 @@ def test_a_command_whose_extra_is_missing_says_how_to_install_it(monkeypatch, tm
     told = CliRunner().invoke(app, ["enroll", "list", "--federation", str(tmp_path)])
     assert told.exit_code == 1
     assert "pip install 'pplr[network]'" in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "1000"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_threads_wait_briefly_unless_told_otherwise(before: dict[str, str], after: dict[str, str]) -> None:
+    own = {name: value for name, value in os.environ.items() if name not in {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}}
+    code = "import os, sys; from pplr.apps import cli; cli.app = lambda **_: print(dict(os.environ)); cli.main()"
+    told = subprocess.run(
+        [sys.executable, "-c", code], env={**own, **before}, capture_output=True, text=True, check=True
+    )
+    seen = ast.literal_eval(told.stdout)
+    assert {name: seen[name] for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in seen} == after

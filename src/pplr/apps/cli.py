@@ -13,7 +13,7 @@ import typer
 
 from pplr import __version__
 from pplr.apps import cutting, data, enrolling, inspecting, serving, staging, starting
-from pplr.apps.command_group import INTERRUPTED, CommandGroup, complain, silence
+from pplr.apps.command_group import INTERRUPTED, CommandGroup, complain, silence, wait_briefly
 from pplr.apps.options import (
     ConfigPath,
     KitPath,
@@ -38,6 +38,7 @@ _SET_UP, _TRAIN, _INSPECT, _CUT = "Set up", "Train and recommend", "Look at runs
 
 def main() -> None:
     """Run the command line on the arguments of this process, and end it."""
+    wait_briefly()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""How commands end: what an error that was expected, Ctrl-C, a closed pipe and a missing extra become."""
+"""How commands begin, and how they end: what an error that was expected, Ctrl-C and a closed pipe become."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from pplr.errors import PplrError
 
-__all__ = ["EXTRAS", "INTERRUPTED", "CommandGroup", "complain", "silence"]
+__all__ = ["EXTRAS", "INTERRUPTED", "CommandGroup", "complain", "silence", "wait_briefly"]
 
 INTERRUPTED = 130
 _BROKEN_PIPE = 141
@@ -51,6 +51,17 @@ class CommandGroup(TyperGroup):
                 raise
             complain("error: no space left on the disk. Free some space and run the command again.")
             raise typer.Exit(1) from error
+
+
+def wait_briefly() -> None:
+    """Let compute threads that wait for each other spin for some ten microseconds, and then sleep.
+
+    GNU OpenMP lets them spin for milliseconds, during which a thread that another program has put off cannot get their
+    core: on cores that are shared, training takes many times as long (``benchmarks/shared_cores.py``). What is computed
+    does not depend on it. To be called before torch is imported; whoever set how threads wait is left alone.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def complain(line: str) -> None:

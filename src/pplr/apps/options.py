@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +19,6 @@ __all__ = [
     "Settings",
     "StageServer",
     "stage_server_at",
-    "wait_passively",
 ]
 
 ConfigPath = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A YAML file; all defaults when absent.")]
@@ -50,14 +48,6 @@ Samples = Annotated[int, typer.Option(min=1, help="Bootstrap samples.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")]
 
 
-def wait_passively() -> None:
-    """Let idle compute threads sleep instead of spin, so that processes that share cores leave them to each other.
-
-    To be called before torch is imported; whoever set it otherwise is left alone.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
 def stage_server_at(address: str | None, kit: Path | None) -> StageServerAt | None:
     """Put the two options together; an address without a kit is refused, since nobody gets in without one."""
     if kit is None:
@@ -66,7 +56,6 @@ def stage_server_at(address: str | None, kit: Path | None) -> StageServerAt | No
                 "it needs --kit DIR, the startup kit of `pplr enroll client`", param_hint="--stage-server"
             )
         return None
-    wait_passively()
     from pplr.runtimes.address import StageServerAt
     from pplr.runtimes.memory import hand_back_large_blocks
 

@@ -15,8 +15,6 @@ from typing import Annotated
 
 import typer
 
-from pplr.apps.options import wait_passively
-
 __all__ = ["client", "server"]
 
 _STAGE_STOPS_S = 90.0
@@ -133,7 +131,6 @@ def client(
     from pplr.apps.terminal import Screen, TerminalProgress
     from pplr.runtimes.flower_settings import load_flower
 
-    wait_passively()
     screen = Screen()
     with screen.busy("loading libraries"):
         load_flower()

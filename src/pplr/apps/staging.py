@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pplr.apps.options import wait_passively
 from pplr.errors import BackboneError
 
 if TYPE_CHECKING:
@@ -95,7 +94,6 @@ def serve(
 
     if unknown := sorted(set(wire or ()) - {"float32", "bfloat16", "int8"}):
         raise typer.BadParameter(f"{unknown[0]!r} is none of float32, bfloat16, int8", param_hint="--wire")
-    wait_passively()
     screen = Screen()
     progress = TerminalProgress(screen)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -44,9 +43,6 @@ def serve(
         RunError: It is no run folder.
         ConfigError: The address cannot be listened at.
     """
-    # Before torch is loaded. Where other programs use the cores too, such as the browser, threads that spin while they
-    # wait for each other make an answer take many times as long. What is computed does not depend on it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     desk, watcher = Desk(folder, stage_server), Watcher(folder)
     listening = bind(host, port)
     shown = f"[{host}]" if ":" in host else host
