@@ -25,6 +25,7 @@ BENCHMARKS = (
     "wire",
     "aggregation",
     "round_overhead",
+    "shared_cores",
     "sasrec_speed",
     "evaluating",
     "recommending",
