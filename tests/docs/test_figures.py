@@ -12,6 +12,8 @@ from _generate.leakage import leakage_table
 
 from benchmarks.dp_audit import told
 from benchmarks.measuring import RESULTS
+from pplr.privacy.accounting import epsilon_of
+from pplr.recommend.private_training import private_steps
 from tests.docs.pages import DOCS, ROOT, blocks
 
 PRIVACY = (DOCS / "privacy.md").read_text(encoding="utf-8")
@@ -110,7 +112,29 @@ def test_pages_say_nearly_all_at_every_measured_cut_as_long_as_that_is_so() -> N
         assert "at most cuts" not in text
 
 
-@pytest.mark.parametrize("page", ["dp.md", "scale.md", "runtimes.md", "trackers.md", "web.md"])
+def test_what_privacy_of_users_costs_is_what_was_measured() -> None:
+    rows = []
+    for name in ("pooled", "dp-weak", "dp"):
+        result = read(ROOT / "results" / "privacy" / f"item-vectors-{name}.json")
+        worth = short(result["seeds"][0]["settings"][0]["worth"]["mean"], 4)
+        own = dict(word.split("=", 1) for word in result["command"].split() if "=" in word)
+        if "privacy.dp.delta" not in own:
+            rows.append(["without privacy", "none", worth])
+            continue
+        sigma, rate, delta = (
+            float(own[f"privacy.dp.{field}"]) for field in ("noise_multiplier", "sampling_rate", "delta")
+        )
+        steps = int(own["federation.rounds"]) * private_steps(1, rate)
+        rows.append([f"σ = {sigma:g}, q = {rate:g}", f"{epsilon_of([(steps, rate, sigma)], delta):.3g}", worth])
+        assert delta == 1e-4
+    popularity = read(ROOT / "results" / "item-vectors-pplr.json")["runs"][0]["floors"]["popularity"]["ndcg@10"]
+    rows.append(["popularity", "none", short(popularity, 4)])
+    cost = (DOCS / "dp.md").read_text(encoding="utf-8").partition("## Cost")[2]
+    lines = [line for line in cost.splitlines() if line.startswith("|")]
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]] == rows
+
+
+@pytest.mark.parametrize("page", ["scale.md", "runtimes.md", "trackers.md", "web.md"])
 def test_pages_that_no_result_stands_behind_have_no_table_of_figures(page: str) -> None:
     text = (DOCS / page).read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("|")]
