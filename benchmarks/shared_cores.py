@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from benchmarks.beside import beside
-from benchmarks.measuring import at_least, write_result
+from benchmarks.measuring import spread, write_result
 
 WAYS = {"briefly": "1000", "by default": "300000", "not at all": "0"}
 """Turns of the loop in which a thread of libgomp waits; the second is its own number where none is set."""
@@ -59,7 +59,7 @@ def busy_beside(company: str) -> Iterator[subprocess.Popen[bytes] | None]:
     if company == "alone":
         yield None
         return
-    other = subprocess.Popen([sys.executable, "-c", _BUSY])
+    other = subprocess.Popen([sys.executable, "-c", _BUSY], start_new_session=True)  # as from another terminal
     try:
         yield other
     finally:
@@ -83,26 +83,12 @@ def summed_up(told: Mapping[tuple[str, str], Sequence[float]]) -> dict[str, Any]
         f"{way}: {median[way, 'alone']:.2f} samples/s alone, {median[way, 'in company']:.2f} beside a busy program"
         for way in WAYS
     ]
-    rows = [
-        at_least(
-            "training on all cores, threads spin briefly",
-            "the same, by libgomp's default",
-            median["briefly", "alone"] / median["by default", "alone"],
-            0.95,
-        ),
-        at_least(
-            "the same beside a program that keeps a core busy",
-            "the same, by libgomp's default",
-            median["briefly", "in company"] / median["by default", "in company"],
-            2.0,
-        ),
-        beside(
-            "training on all cores, threads spin briefly",
-            "the same, threads sleep at once",
-            median["briefly", "alone"] / median["not at all", "alone"],
-        ),
-    ]
-    rates = {f"{way}, {company}": list(own) for (way, company), own in told.items()}
+    rows = []
+    for company, words in (("alone", ""), ("in company", ", beside a program that keeps a core busy")):
+        for way, against in (("by default", "libgomp's default"), ("not at all", "threads that sleep at once")):
+            ratio = median["briefly", company] / median[way, company]
+            rows.append(beside(f"training on all cores, threads spin briefly{words}", against, ratio))
+    rates = {f"{way}, {company}": spread(own) for (way, company), own in told.items()}
     return {"samples_per_second": rates, "rows": rows, "notes": notes}
 
 

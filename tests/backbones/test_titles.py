@@ -56,7 +56,7 @@ def a_client(backbone: CausalLM, plan: CutPlan, seed: int = 0) -> ClientModel:
 
 
 def gradients(model: ClientModel) -> list[Tensor]:
-    optimizers = model._optimizers(middle=True)
+    optimizers = model.optimizer._clipped_together(middle=True)
     return [own.grad for optimizer in optimizers for own in optimizer.parameters.values() if own.grad is not None]
 
 

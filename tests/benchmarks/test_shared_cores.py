@@ -36,5 +36,6 @@ def test_rows_are_ratios_of_medians() -> None:
         told[way, "alone"] = [alone, 0.1, 99.0]
         told[way, "in company"] = [crowded]
     found = shared_cores.summed_up(told)
-    assert [(row["ratio"], row["met"]) for row in found["rows"]] == [(0.8, False), (6.0, True), (2.0, None)]
+    assert [(row["ratio"], row["met"]) for row in found["rows"]] == [(0.8, None), (2.0, None), (6.0, None), (1.2, None)]
+    assert ["busy" in row["name"] for row in found["rows"]] == [False, False, True, True]
     assert found["notes"][0] == "briefly: 4.00 samples/s alone, 3.00 beside a busy program"
