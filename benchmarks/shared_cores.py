@@ -22,8 +22,9 @@ from typing import Any
 
 from benchmarks.beside import beside
 from benchmarks.measuring import spread, write_result
+from pplr.apps.command_group import SPINS
 
-WAYS = {"briefly": "1000", "by default": "300000", "not at all": "0"}
+WAYS = {"briefly": SPINS, "by default": "300000", "not at all": "0"}
 """Turns of the loop in which a thread of libgomp waits; the second is its own number where none is set."""
 SAMPLES = 8
 _BUSY = "while True: pass"

@@ -13,9 +13,10 @@ from typer.core import TyperGroup
 
 from pplr.errors import PplrError
 
-__all__ = ["EXTRAS", "INTERRUPTED", "CommandGroup", "complain", "silence", "wait_briefly"]
+__all__ = ["EXTRAS", "INTERRUPTED", "SPINS", "CommandGroup", "complain", "silence", "wait_briefly"]
 
 INTERRUPTED = 130
+SPINS = "1000"
 _BROKEN_PIPE = 141
 EXTRAS = dict.fromkeys(("cryptography", "grpc", "grpc_health", "google", "prometheus_client"), "network")
 EXTRAS |= dict.fromkeys(("flwr", "httpx", "ray"), "flower")
@@ -54,14 +55,14 @@ class CommandGroup(TyperGroup):
 
 
 def wait_briefly() -> None:
-    """Let compute threads that wait for each other spin for some ten microseconds, and then sleep.
+    """Let compute threads that wait for each other spin for :data:`SPINS` turns of a loop, and then sleep.
 
-    GNU OpenMP lets them spin for milliseconds, during which a thread that another program has put off cannot get their
+    GNU OpenMP lets them spin for 300,000, during which a thread that another program has put off cannot get their
     core: on cores that are shared, training takes many times as long (``benchmarks/shared_cores.py``). What is computed
     does not depend on it. To be called before torch is imported; whoever set how threads wait is left alone.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def complain(line: str) -> None:
