@@ -36,7 +36,7 @@ from pplr.federation.decisions import Trained
 from pplr.federation.methods import RoundView, make_method
 from pplr.federation.server import FederationServer
 from pplr.federation.stacks import StoredAdapters
-from pplr.recommend.training import LocalResult
+from pplr.recommend.local_result import LocalResult
 from pplr.runtimes.memory import peak_rss_bytes
 
 RANK, LAYERS, WIDTH, VALUES = 8, 30, 576, 192

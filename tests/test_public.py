@@ -89,6 +89,19 @@ def test_configuration_data_and_command_line_load_no_torch(statement: str):
     assert not loaded_after(statement) & {"torch", "transformers", "peft"}
 
 
+def test_the_server_of_a_link_loads_no_torch():
+    statement = "from pplr.runtimes.flower_settings import load_link; load_link(); import pplr.runtimes.flower_enrolled"
+    loaded = loaded_after(statement)
+    assert "flwr" in loaded
+    assert not loaded & {"torch", "transformers", "peft"}
+
+
+def test_the_server_of_a_federation_mixes_adapters_without_a_model_library():
+    loaded = loaded_after("import pplr.runtimes.flower_federation")
+    assert "torch" in loaded
+    assert not loaded & {"transformers", "peft"}
+
+
 def test_what_trackers_need_is_loaded_by_runs_that_have_them_alone():
     assert not loaded_after("import pplr.runtimes.in_process, pplr.runtimes.trackers") & {"tensorboard", "mlflow"}
 

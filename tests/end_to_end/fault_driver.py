@@ -1,7 +1,8 @@
-"""Runs the real command line in processes that stall, die or repeat themselves at a chosen moment.
+"""Runs the real command line in processes that may stall, die or repeat themselves at a chosen moment.
 
 Run as a script, it reads one job for each line and answers with one line. Libraries load once; every command is a fork
 with a name of its own in the process table, so that a kill is SIGKILL of a whole server or a whole client.
+``commands.py`` is what tests speak to it through.
 
 A fault is a JSON object: ``do`` says what happens, ``on`` names methods that share one count, ``at`` which of their
 calls is meant (the first is 1), ``when`` whether before it, after it, or inside the backward pass.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import runpy
 import signal
 import sys
 import time
@@ -117,14 +119,15 @@ def start(job: dict[str, Any]) -> int:
     if child:
         return child
     for number, path in ((0, os.devnull), (1, job["out"]), (2, job["err"])):
-        descriptor = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        descriptor = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(descriptor, number)
         os.close(descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(job["folder"])
+    os.environ.update(job["environment"])
     for fault in job["faults"]:
         plant(fault)
-    sys.argv = ["pplr", *job["arguments"]]
+    sys.argv = [job["program"] or "pplr", *job["arguments"]]
     return 0
 
 
@@ -134,10 +137,14 @@ def main() -> None:
     from pplr.apps import cli
     from pplr.backbones import bundles, causal_lm  # noqa: F401  (this and what follows loads what every fork needs)
     from pplr.federation import checkpoints  # noqa: F401
-    from pplr.runtimes import connections, in_process, stage_server  # noqa: F401
+    from pplr.runtimes import connections, in_process, participant, stage_server  # noqa: F401
+
+    with suppress(ModuleNotFoundError):
+        from pplr.runtimes import flower, flower_link  # noqa: F401
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at the tests ends this by the end of its input
-    torch.set_num_threads(1)
+    if len(sys.argv) > 1:
+        torch.set_num_threads(int(sys.argv[1]))
     gc.freeze()  # so that a fork ends without walking through what all share
     running: set[int] = set()
     while line := sys.stdin.readline():
@@ -154,7 +161,10 @@ def main() -> None:
         else:
             answer = start(job)
             if answer == 0:
-                cli.main()
+                if job["program"] is None:
+                    cli.main()
+                else:
+                    runpy.run_path(job["program"], run_name="__main__")
                 return
             running.add(answer)
         sys.stdout.write(json.dumps(answer) + "\n")

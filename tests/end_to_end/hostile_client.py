@@ -11,8 +11,7 @@ import torch
 
 from pplr.apps import cli
 from pplr.runtimes import flower_node
-from pplr.runtimes.parcels import Parcel
-from pplr.runtimes.participant import TRAIN
+from pplr.runtimes.parcels import TRAIN, Parcel
 
 
 class Hostile(flower_node.OwnClient):

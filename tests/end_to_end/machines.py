@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import signal
 import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +15,7 @@ import psutil
 
 from pplr.runtimes.identity import enroll_client, init_federation
 from pplr.runtimes.run_data import load_run_data
+from tests.end_to_end.commands import Command, Driver
 
 LIMIT_S = 180
 HOSTILE = Path(__file__).parent / "hostile_client.py"
@@ -53,11 +52,11 @@ def free_port() -> int:
 class Place:
     """A federation's folders and processes below one folder."""
 
-    def __init__(self, root: Path, config, names: tuple[str, ...]) -> None:
-        self.root, self.config, self.names = root, config, names
+    def __init__(self, root: Path, config, names: tuple[str, ...], driver: Driver) -> None:
+        self.root, self.config, self.names, self._driver = root, config, names, driver
         self.port, self.stage_port = free_port(), free_port()
         self.federation, self.state = root / "federation", root / "state"
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: dict[str, Command] = {}
         init_federation(self.federation, "fed", ["127.0.0.1"], address="127.0.0.1:8443")
         self.config_file = root / "config.yaml"
         self.config_file.write_text(config.to_yaml())
@@ -78,12 +77,18 @@ class Place:
     def log(self, name: str) -> str:
         return (self.root / f"{name}.log").read_text(errors="replace")
 
-    def start(self, name: str, *arguments: str) -> None:
-        with (self.root / f"{name}.log").open("ab") as out:
-            program = [str(HOSTILE)] if name == "hostile" else ["-m", "pplr.apps.cli"]
-            command = [sys.executable, *program, *arguments]
-            environment = os.environ | {"FLWR_HOME": str(self.root / "flwr" / name)}
-            self.processes[name] = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+    def start(self, name: str, *arguments: str) -> Command:
+        out = self.root / f"{name}.log"
+        self.processes[name] = Command(
+            self._driver,
+            arguments,
+            out,
+            out,
+            folder=self.root,
+            environment={"FLWR_HOME": str(self.root / "flwr" / name)},
+            program=HOSTILE if name == "hostile" else None,
+        )
+        return self.processes[name]
 
     def start_server(self, *more: str) -> None:
         self.start("server", "server", "--federation", str(self.federation), "--state", str(self.state),
@@ -116,13 +121,14 @@ class Place:
             shutil.copy(self.state / name, state)
         return ["--federation", str(federation), "--state", str(state)]
 
-    def train(self, run: Path, *more: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "pplr.apps.cli", "train", str(self.config_file), "--run-dir", str(run),
-                   *self.operators(), *more]  # fmt: skip
-        return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    def train(self, run: Path, *more: str) -> Command:
+        """Train to the end, whatever it is."""
+        training = self.start_training(run, *more)
+        training.wait(LIMIT_S)
+        return self.processes.pop("training")
 
-    def start_training(self, run: Path) -> None:
-        self.start("training", "train", str(self.config_file), "--run-dir", str(run), *self.operators())
+    def start_training(self, run: Path, *more: str) -> Command:
+        return self.start("training", "train", str(self.config_file), "--run-dir", str(run), *self.operators(), *more)
 
     def kill(self, name: str) -> None:
         """Kill a process and what it started, at once."""
@@ -132,14 +138,12 @@ class Place:
         self.processes.pop(name).wait()
 
     def stop(self) -> None:
-        for process in reversed(list(self.processes.values())):
-            process.terminate()
-        for process in self.processes.values():
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
+        left = [process for process in reversed(list(self.processes.values())) if process.poll() is None]
+        for process in left:
+            process.send(signal.SIGTERM)
+        for process in left:
+            if process.poll(20) is None:
                 process.kill()
-                process.wait()
 
 
 def records(folder: Path) -> list[dict]:

@@ -56,8 +56,8 @@ def test_whoever_should_not_be_there_is_kept_out_and_the_others_go_on(machines: 
     for name in ("client-3", "thief"):
         machines.wait(lambda name=name: "does not let this client in" in machines.log(name), name)
     done = machines.train(tmp_path / "there")
-    assert done.returncode == 0, done.stdout + done.stderr + "".join(map(machines.log, machines.processes))
-    told = " ".join((done.stdout + done.stderr).split())  # as lines are broken anywhere
+    assert done.code == 0, done.text() + "".join(map(machines.log, machines.processes))
+    told = " ".join(done.text().split())  # as lines are broken anywhere
     assert "goes on without client 2: client 2's adapter: base_model" in told, told
     assert "holds NaN" in told, told
     assert "goes on without client 2: its update has norm" in told, told
@@ -86,8 +86,8 @@ def test_a_link_that_was_killed_is_started_again_and_the_run_goes_on(machines: P
     assert "does not answer" in machines.log("training")
     machines.start_server()
     done = machines.train(run, "--resume")
-    assert done.returncode == 0, done.stdout + done.stderr + "".join(map(machines.log, machines.processes))
-    assert "going on after server round" in done.stdout + done.stderr
+    assert done.code == 0, done.text() + "".join(map(machines.log, machines.processes))
+    assert "going on after server round" in done.text()
     here = in_process.train(config, tmp_path / "here")
     assert records(run) == records(here.folder)
 
@@ -95,7 +95,7 @@ def test_a_link_that_was_killed_is_started_again_and_the_run_goes_on(machines: P
 def test_the_operators_part_of_the_link_is_closed_to_clients(machines: Place) -> None:
     """Who holds a kit and no secret can neither start a run, nor let a node in, nor take the server's tasks."""
     from pplr.runtimes.address import LinkAddress
-    from pplr.runtimes.flower_federation import link_of
+    from pplr.runtimes.flower_enrolled import link_of
     from pplr.runtimes.flower_link import Operator, server_grid
 
     machines.start_server()

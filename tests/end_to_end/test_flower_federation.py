@@ -29,7 +29,7 @@ def test_three_machines_give_the_run_of_one_process(machines: Place, tmp_path: P
     for name in machines.names:
         machines.start_client(name)
     done = machines.train(tmp_path / "there", "--set", "run.trackers=[tensorboard, mlflow]")
-    assert done.returncode == 0, done.stdout + done.stderr + "".join(map(machines.log, machines.processes))
+    assert done.code == 0, done.text() + "".join(map(machines.log, machines.processes))
     assert records(tmp_path / "there") == records(here.folder)
     check_trackers(open_run(tmp_path / "there"))
     metrics = json.loads((tmp_path / "there" / "metrics.json").read_text())
@@ -67,7 +67,7 @@ def test_the_middle_blocks_stay_on_the_stage_server(real_machines: Place, tmp_pa
         folder = bundles / f"{k}{m}" / "client"
         machines.start_client(name, *at_stage, "--set", f"backbone.model={folder}")
     done = machines.train(tmp_path / "there", "--kit", str(tmp_path / "kits" / "olga"), *at_stage)
-    assert done.returncode == 0, done.stdout + done.stderr + "".join(map(machines.log, machines.processes))
+    assert done.code == 0, done.text() + "".join(map(machines.log, machines.processes))
     assert records(tmp_path / "there") == records(here.folder)
     for name in machines.names:
         (adapter,) = (tmp_path / f"client-{name}" / "runs").glob(f"*/clients/{name}")

@@ -7,14 +7,11 @@ process with the whole model, never disturbed.
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import runpy
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,10 +19,10 @@ from typing import Any
 
 import pytest
 
-import pplr
 from pplr.backbones.bundles import write_bundles
 from pplr.config import Config
 from pplr.runtimes.identity import enroll_client, init_federation
+from tests.end_to_end.commands import Command, Driver, Fault
 
 pytestmark = pytest.mark.slow
 
@@ -54,104 +51,25 @@ PLACES = {
     "StageChannel": "pplr.runtimes.stage_channel",
     "CheckpointStore": "pplr.federation.checkpoints",
 }
-Fault = dict[str, Any]
 IMPATIENT = {"do": "patience", "patience_s": 1.0}
 
 
 # -- processes --------------------------------------------------------------------------------------------------
 
 
-class Command:
-    """A command of pplr as a process of its own."""
-
-    def __init__(self, driver: Driver, arguments: tuple[str, ...], faults: tuple[dict[str, Any], ...]) -> None:
-        self._driver = driver
-        self.out, self.err = (driver.fresh(kind) for kind in ("out", "err"))
-        self.out.touch(), self.err.touch()
-        self.pid = driver.ask(
-            arguments=arguments, faults=faults, folder=str(driver.folder), out=str(self.out), err=str(self.err)
-        )
-        self.code: int | None = None
-
-    def wait(self, seconds: float = LIMIT_S) -> int:
-        """Return its exit code, or the negative number of the signal that killed it."""
-        if self.code is None:
-            self.code = self._driver.ask(wait=self.pid, seconds=seconds)
-            assert self.code is not None, f"still there after {seconds} s: {self.text()}"
-        return self.code
-
-    def send(self, number: signal.Signals) -> None:
-        assert self.code is None  # while nobody waited for it, its number is its own
-        os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        if self.code is None:
-            self.send(signal.SIGKILL)
-            self.wait()
-
-    def text(self) -> str:
-        return self.out.read_text() + self.err.read_text()
-
-    def until(self, found: Any, seconds: float = LIMIT_S) -> Any:
-        """Wait until something is there, and fail when the process ends before it."""
-        limit = time.monotonic() + seconds
-        while not (result := found()):
-            assert time.monotonic() < limit, self.text()
-            if self.code is None and (ended := self._driver.ask(wait=self.pid, seconds=0.01)) is not None:
-                self.code, result = ended, found()
-                assert result, f"ended with {ended}: {self.text()}"
-                break
-        return result
-
-
-class Driver:
-    """A process that has loaded the libraries, and forks commands."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.count = folder, 0
-        environment = os.environ | {
-            "PPLR_CACHE": str(folder / "cache"),
-            "OMP_NUM_THREADS": "1",
-            "POLARS_MAX_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(Path(pplr.__file__).parents[1]),
-            "COLUMNS": "200",
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("fault_driver.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-
-    def ask(self, **job: Any) -> Any:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def fresh(self, name: str) -> Path:
-        self.count += 1
-        return self.folder / f"{self.count}-{name}"
-
-    def start(self, *arguments: str, faults: tuple[dict[str, Any], ...] = ()) -> Command:
-        return Command(self, arguments, faults)
-
-
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
-    made = Driver(tmp_path_factory.mktemp("faults"))
+    folder = tmp_path_factory.mktemp("faults")
+    environment = {
+        "PPLR_CACHE": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "POLARS_MAX_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+    made = Driver(folder, environment, threads=1)
     yield made
-    made.process.stdin.close()
-    try:
-        assert made.process.wait(30) == 0
-    finally:
-        made.process.kill()
-        made.process.wait()
-        made.process.stdout.close()
+    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,7 @@ from pplr.runtimes.stage_channel import StageChannel
 from pplr.runtimes.stage_operator import StageOperator
 from pplr.storage import write_atomic
 from pplr.testing import same_state, tiny_decoder, tiny_tokenizer
+from tests.end_to_end.commands import Command, Driver
 
 pytestmark = pytest.mark.slow
 
@@ -84,6 +85,13 @@ def environment(place: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
+def driver(place: Path, environment: dict[str, str]) -> Iterator[Driver]:
+    made = Driver(place, environment)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
 def address(place: Path, environment: dict[str, str]) -> Iterator[str]:
     """Where the stage server, a process of its own, listens."""
     command = [sys.executable, "-m", "pplr.apps.cli", "stage", "serve", str(place / "bundle-server")]
@@ -102,14 +110,14 @@ def address(place: Path, environment: dict[str, str]) -> Iterator[str]:
         server.wait()
 
 
-def wait_for(found: Callable[[], Any], processes: list[subprocess.Popen[bytes]] | None = None) -> Any:
+def wait_for(found: Callable[[], Any], processes: list[Command] | None = None) -> Any:
     """Wait until something is there, and fail as soon as a process that should bring it has failed."""
     until = time.monotonic() + PATIENCE_S
     while time.monotonic() < until:
         if result := found():
             return result
         for process in processes or ():
-            assert process.poll() in (None, 0), process.args
+            assert process.poll() in (None, 0), process.text()
         time.sleep(0.02)
     raise AssertionError("waited in vain")
 
@@ -124,7 +132,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, config: Config) -> Path:
 
 
 def test_three_client_processes_of_three_cuts_end_as_in_one_process(
-    tmp_path: Path, place: Path, config: Config, environment: dict[str, str], address: str, reference: Path
+    tmp_path: Path, place: Path, config: Config, driver: Driver, address: str, reference: Path
 ) -> None:
     clients = []
     for name, (k, m) in CUTS.items():
@@ -135,10 +143,8 @@ def test_three_client_processes_of_three_cuts_end_as_in_one_process(
             }
         )
         (tmp_path / f"{name}.yaml").write_text(own.to_yaml())
-        command = [sys.executable, str(Path(__file__).parent / "one_client.py"), str(tmp_path / f"{name}.yaml")]
-        command += [name, str(place / "kits" / name), address, str(tmp_path)]
-        with (tmp_path / f"{name}.log").open("w") as log:
-            clients.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        arguments = (str(tmp_path / f"{name}.yaml"), name, str(place / "kits" / name), address, str(tmp_path))
+        clients.append(driver.start(*arguments, program=Path(__file__).with_name("one_client.py")))
     try:
         channel = StageChannel(address, read_kit(place / "operator"))
         operator = StageOperator(channel)
@@ -177,11 +183,10 @@ def test_three_client_processes_of_three_cuts_end_as_in_one_process(
                 own = {key: tensor for key, tensor in state.items() if key not in hosted_names}
                 write_atomic(tmp_path / f"{name}-{server_round}-mixed.safetensors", save(own))
         for name, client in zip(CUTS, clients, strict=True):
-            assert client.wait(PATIENCE_S) == 0, (tmp_path / f"{name}.log").read_text()
+            assert client.wait(PATIENCE_S) == 0, f"client {name}: {client.text()}"
     finally:
         for client in clients:
             client.kill()
-            client.wait()
 
     torch.set_num_threads(1)
     assembly = Assembly(config, Silent())
@@ -197,20 +202,19 @@ def test_three_client_processes_of_three_cuts_end_as_in_one_process(
 
 
 def test_one_command_trains_evaluates_and_recommends_through_the_server_as_in_one_process(
-    tmp_path: Path, place: Path, config: Config, environment: dict[str, str], address: str, reference: Path
+    tmp_path: Path, place: Path, config: Config, driver: Driver, address: str, reference: Path
 ) -> None:
     bundle = config.backbone.model_copy(update={"model": str(place / "bundle-all")})
     (tmp_path / "trees.yaml").write_text(config.model_copy(update={"backbone": bundle}).to_yaml())
     server = ["--stage-server", address, "--kit", str(place / "kits")]
 
-    def pplr_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "pplr.apps.cli", *arguments],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
-        )  # fmt: skip
+    def pplr_command(*arguments: str) -> Command:
+        done = driver.start(*arguments, folder=tmp_path)
+        done.wait(PATIENCE_S)
+        return done
 
     done = pplr_command("train", "trees.yaml", "--run-dir", "run", *server)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.text()
     for name in CUTS:
         ours, theirs = (
             folder / "clients" / name / "adapter_model.safetensors" for folder in (tmp_path / "run", reference)
@@ -227,20 +231,20 @@ def test_one_command_trains_evaluates_and_recommends_through_the_server_as_in_on
 
     asked = ("recommend", "run", "--client", "1", "--history", "Ash; Elm")
     remote = pplr_command(*asked, *server)
-    assert remote.returncode == 0, remote.stderr
+    assert remote.code == 0, remote.text()
     found = pplr.open_run(reference).recommend(client="1", history=["Ash", "Elm"])
-    rows = [line.split() for line in remote.stdout.splitlines() if line.split() and line.split()[0].isdigit()]
+    rows = [line.split() for line in remote.out.read_text().splitlines() if line.split() and line.split()[0].isdigit()]
     assert [row[-1] for row in rows] == [own.item_id for own in found]
 
     without = pplr_command(*asked)
-    assert without.returncode == 1
-    assert "does not hold block" in without.stderr
-    assert "--stage-server" in without.stderr
+    assert without.code == 1
+    assert "does not hold block" in without.err.read_text()
+    assert "--stage-server" in without.err.read_text()
 
     listed = pplr_command("stage", "list", "--stage-server", address, "--kit", str(place / "operator"))
-    assert listed.stdout.strip() == "The server holds no adapter."
-    text = pplr_command("stage", "metrics", "--stage-server", address, "--kit", str(place / "operator")).stdout
+    assert listed.out.read_text().strip() == "The server holds no adapter."
+    text = pplr_command("stage", "metrics", "--stage-server", address, "--kit", str(place / "operator")).out.read_text()
     assert 'pplr_stage_requests_total{client="1",code="OK",method="OptimizerStep"}' in text
     assert "process_resident_memory_bytes" in text
     health = pplr_command("stage", "health", "--stage-server", address, "--kit", str(place / "kits" / "0"))
-    assert (health.returncode, health.stdout.strip()) == (0, f"{address} is serving")
+    assert (health.code, health.out.read_text().strip()) == (0, f"{address} is serving")

@@ -13,7 +13,8 @@ from pplr.config import Config
 from pplr.data.prompts import Sample
 from pplr.errors import AdapterError, CheckpointError, FederationError
 from pplr.federation.checkpoints import CheckpointStore
-from pplr.federation.client import Best, FederatedClient
+from pplr.federation.client import FederatedClient
+from pplr.federation.decisions import Best
 from pplr.federation.rounds import restore_checkpoint
 from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.in_process import train

@@ -13,7 +13,8 @@ from pplr.backbones.causal_lm import CausalLM
 from pplr.config import AdapterConfig, PromptConfig, TrainingConfig
 from pplr.data.prompts import Sample
 from pplr.errors import FederationError
-from pplr.recommend.training import LocalResult, evaluation_loss, steps_per_round, train_locally
+from pplr.recommend.local_result import LocalResult
+from pplr.recommend.training import evaluation_loss, steps_per_round, train_locally
 from pplr.stages.client_model import ClientModel
 from pplr.stages.cut import CutPlan
 from pplr.stages.model import CutModel

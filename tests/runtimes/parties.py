@@ -15,7 +15,7 @@ from pplr.runtimes.middles import Middles
 from pplr.runtimes.orders import OrderDesk, greeting
 from pplr.runtimes.parcels import Parcel
 from pplr.runtimes.participant import Participant
-from pplr.runtimes.training_flops import SIDES, summed_flops
+from pplr.runtimes.told_flops import SIDES, summed_flops
 
 Answer = Callable[[str, bytes], bytes | None]
 

@@ -18,8 +18,7 @@ from pplr.federation.methods import make_method
 from pplr.federation.server import FederationServer
 from pplr.runtimes import flower, flower_settings
 from pplr.runtimes.orders import OrderDesk, greeting
-from pplr.runtimes.parcels import Parcel
-from pplr.runtimes.participant import HELLO, VALIDATE
+from pplr.runtimes.parcels import HELLO, VALIDATE, Parcel
 from pplr.testing import refuses
 
 Handler = Callable[[int, Message], Message | None]
@@ -202,14 +201,18 @@ def test_an_engine_that_has_ended_is_not_waited_for(strategy) -> None:
         strategy(3600.0, gone).start(FakeGrid({7: says("a"), 8: silent}))
 
 
-def test_without_flower_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("load", "module"), [(flower_settings.load_flower, "flower"), (flower_settings.load_link, "flower_link")]
+)
+def test_without_flower_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, load: Callable, module: str) -> None:
     import sys
 
+    load()
     monkeypatch.setitem(sys.modules, "flwr.app", None)
-    monkeypatch.delitem(sys.modules, "pplr.runtimes.flower")
-    monkeypatch.delattr("pplr.runtimes.flower")
+    monkeypatch.delitem(sys.modules, f"pplr.runtimes.{module}")
+    monkeypatch.delattr(f"pplr.runtimes.{module}")
     with refuses(ConfigError, "pip install 'pplr[flower]'"):
-        flower_settings.load_flower()
+        load()
 
 
 def test_nothing_of_flower_reports_or_installs() -> None:

@@ -13,8 +13,7 @@ from pplr.progress import Silent
 from pplr.runtimes.flower_federation import _open_desk
 from pplr.runtimes.flower_node import OwnClient
 from pplr.runtimes.orders import greeting, read_start, run_token
-from pplr.runtimes.parcels import Parcel
-from pplr.runtimes.participant import HELLO, TRAIN
+from pplr.runtimes.parcels import HELLO, TRAIN, Parcel
 from pplr.testing import refuses
 
 

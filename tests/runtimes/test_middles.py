@@ -16,8 +16,8 @@ from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.identity import enroll_client, init_federation, read_kit, read_server
 from pplr.runtimes.middles import Middles, StageMiddles
 from pplr.runtimes.orders import greeting, read_start
-from pplr.runtimes.parcels import Parcel
-from pplr.runtimes.participant import TRAIN, VALIDATE, Participant
+from pplr.runtimes.parcels import TRAIN, VALIDATE, Parcel
+from pplr.runtimes.participant import Participant
 from pplr.runtimes.stage_channel import StageChannel
 from pplr.runtimes.stage_client import GrpcTransport
 from pplr.runtimes.stage_operator import StageOperator

@@ -13,8 +13,8 @@ from pplr.errors import FederationError, PartitionError, WireError
 from pplr.progress import Silent
 from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.orders import greeting, read_hello
-from pplr.runtimes.parcels import Parcel
-from pplr.runtimes.participant import TRAIN, Participant
+from pplr.runtimes.parcels import TRAIN, Parcel
+from pplr.runtimes.participant import Participant
 from pplr.testing import refuses, same_state
 from tests.runtimes.parties import Parties, altered, same_run
 

@@ -9,7 +9,8 @@ import pytest
 
 from pplr.federation.client import FederatedClient
 from pplr.runtimes.in_process import train
-from pplr.runtimes.training_flops import is_worked_out, summed_flops, trained_rounds
+from pplr.runtimes.told_flops import summed_flops, trained_rounds
+from pplr.runtimes.training_flops import is_worked_out
 from pplr.testing.checks import counted_operations
 
 ALONE = ("training.batch_size=1", "evaluation.floors=[]", "evaluation.validation_metric=loss", "training.samples=9")

@@ -41,15 +41,15 @@ def server(
     With --stage a stage server is started beside it; what follows `--` goes to `pplr stage serve`.
     """
     from pplr.apps.terminal import Screen
-    from pplr.runtimes.flower_settings import load_flower
+    from pplr.runtimes.flower_settings import load_link
 
     screen = Screen()
     host, _, port = listen.rpartition(":")
     if not (host and port.isdigit()):
         raise typer.BadParameter(f"{listen!r} is not HOST:PORT", param_hint="--listen")
     with screen.busy("loading libraries"):
-        load_flower()
-        from pplr.runtimes.flower_federation import keep_nodes, prepare_link
+        load_link()
+        from pplr.runtimes.flower_enrolled import keep_nodes, prepare_link
         from pplr.runtimes.flower_link import serve_link
     secret = prepare_link(state, address or f"{'127.0.0.1' if host == '0.0.0.0' else host}:{port}")  # noqa: S104
     if context.args and stage is None:

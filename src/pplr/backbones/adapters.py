@@ -17,7 +17,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -174,6 +173,8 @@ def save_adapter(state: AdapterState, folder: Path, config: AdapterConfig, model
         blocks = {name: tensor for name, tensor in tensors.items() if not is_end(name)}
         write_atomic(folder / _BLOCKS, save(blocks, metadata={"format": "pt"}))
         return
+    from peft import LoraConfig  # late: a federation's server mixes adapters, and loads no model
+
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.lora_alpha,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -12,13 +12,15 @@ from torch import Tensor
 from pplr.backbones.adapters import AdapterState, adapter_sha256
 from pplr.config import Config
 from pplr.errors import FederationError
+from pplr.federation.decisions import Best
 from pplr.federation.methods import Method
+from pplr.recommend.local_result import LocalResult
 from pplr.recommend.private_training import Coins, by_user, private_steps, train_privately
-from pplr.recommend.training import LocalResult, train_locally
+from pplr.recommend.training import train_locally
 from pplr.stages.client_model import ClientModel
 from pplr.stages.transport import Traffic
 
-__all__ = ["Best", "Books", "FederatedClient", "Validate"]
+__all__ = ["Books", "FederatedClient", "Validate"]
 
 _OPTIMIZER = "optimizer."
 _PERSONAL = "personal."
@@ -42,19 +44,6 @@ class Books(Protocol):
 
     def epsilon(self) -> float:
         """Say what is spent by everything that is booked."""
-
-
-@dataclass(frozen=True)
-class Best:
-    """A client's best server round so far.
-
-    Args:
-        server_round: Counted from 0.
-        score: The validation metric there; ``None`` when the client has nothing to validate on.
-    """
-
-    server_round: int
-    score: float | None
 
 
 class FederatedClient:

@@ -12,17 +12,29 @@ from numpy.typing import NDArray
 from pplr.backbones.adapters import AdapterState
 from pplr.config import Config
 from pplr.federation.aggregation import mix
-from pplr.federation.client import Best
 from pplr.federation.methods import Method, Mixing, RoundView
 from pplr.federation.stacks import Stack, stack_of
-from pplr.recommend.training import LocalResult
+from pplr.recommend.local_result import LocalResult
 from pplr.seeds import generator
 
-__all__ = ["Report", "Trained", "decide", "mix_into", "out_of_patience", "participants_of", "round_record"]
+__all__ = ["Best", "Report", "Trained", "decide", "mix_into", "out_of_patience", "participants_of", "round_record"]
 
 _TOLD = 100
 """Most clients of which the record of a round holds every pair."""
 _LARGEST = 10
+
+
+@dataclass(frozen=True)
+class Best:
+    """A client's best server round so far.
+
+    Args:
+        server_round: Counted from 0.
+        score: The validation metric there; ``None`` when the client has nothing to validate on.
+    """
+
+    server_round: int
+    score: float | None
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from pplr.backbones.adapters import AdapterState, check_adapter
 from pplr.config import Config
 from pplr.errors import CheckpointError
 from pplr.federation.checkpoints import Checkpoint, CheckpointStore
-from pplr.federation.client import Best, FederatedClient
-from pplr.federation.decisions import Trained, decide, mix_into, out_of_patience, participants_of, round_record
+from pplr.federation.client import FederatedClient
+from pplr.federation.decisions import Best, Trained, decide, mix_into, out_of_patience, participants_of, round_record
 from pplr.federation.methods import Method
 from pplr.progress import Progress
-from pplr.recommend.training import LocalResult
+from pplr.recommend.local_result import LocalResult
 from pplr.storage import write_atomic
 
 __all__ = ["Federation", "restore_checkpoint", "run_rounds", "write_checkpoint"]

@@ -14,8 +14,7 @@ from pplr.config import Config
 from pplr.errors import AdapterError, CheckpointError, FederationError
 from pplr.federation.aggregation import is_mixed, mix_on_disk
 from pplr.federation.checkpoints import Checkpoint, CheckpointStore
-from pplr.federation.client import Best
-from pplr.federation.decisions import Report, Trained, decide, out_of_patience, participants_of, round_record
+from pplr.federation.decisions import Best, Report, Trained, decide, out_of_patience, participants_of, round_record
 from pplr.federation.guard import check_trained, too_large, update_norm
 from pplr.federation.methods import Method, Mixing
 from pplr.federation.stacks import SomeAdapters, StoredAdapters

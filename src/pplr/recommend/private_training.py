@@ -15,7 +15,7 @@ from torch import Tensor
 from pplr.backbones.adapters import AdapterState
 from pplr.config import TrainingConfig, UserPrivacyConfig
 from pplr.errors import FederationError
-from pplr.recommend.training import LocalResult
+from pplr.recommend.local_result import LocalResult
 from pplr.stages.client_model import ClientModel
 from pplr.stages.optimizer import LocalObjective
 

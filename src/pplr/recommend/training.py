@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pplr.backbones.adapters import AdapterState
@@ -13,32 +12,12 @@ from pplr.backbones.base import Backbone, Batch
 from pplr.backbones.batching import bucketed_batches
 from pplr.config import TrainingConfig
 from pplr.errors import FederationError
+from pplr.recommend.local_result import LocalResult
 from pplr.seeds import derive_seed
 from pplr.stages.client_model import ClientModel
 from pplr.stages.optimizer import LocalObjective
 
-__all__ = ["LocalResult", "epoch_batches", "evaluation_loss", "steps_per_round", "train_locally"]
-
-
-@dataclass(frozen=True)
-class LocalResult:
-    """What one round of local training did; ``None`` where it was private and a figure would tell of the users.
-
-    Args:
-        samples: Samples seen, each epoch anew.
-        steps: Optimizer steps.
-        tokens: Tokens through the model, without padding.
-        targets: Answer tokens.
-        loss: Mean loss per answer token over the round, in nats.
-        seconds: Wall-clock time.
-    """
-
-    samples: int | None
-    steps: int
-    tokens: int | None
-    targets: int | None
-    loss: float | None
-    seconds: float
+__all__ = ["epoch_batches", "evaluation_loss", "steps_per_round", "train_locally"]
 
 
 def steps_per_round(samples: int, config: TrainingConfig) -> int:

@@ -25,8 +25,9 @@ from pplr.runtimes.memory import peak_rss_bytes
 from pplr.runtimes.run import SECRETS, Run
 from pplr.runtimes.run_folder import RoundWriter, claimed, training_cost, write_start
 from pplr.runtimes.state_counts import announced, guarded_run
+from pplr.runtimes.told_flops import summed_flops, trained_rounds
 from pplr.runtimes.trackers import Tracking
-from pplr.runtimes.training_flops import summed_flops, trained_rounds, training_flops
+from pplr.runtimes.training_flops import training_flops
 from pplr.storage import write_json
 
 __all__ = ["evaluate_run", "train"]

@@ -15,12 +15,11 @@ from pplr.errors import FederationError, PplrError, ServerLostError, WireError
 from pplr.federation.decisions import Trained
 from pplr.federation.server import FederationServer
 from pplr.lazy import LazyMapping
+from pplr.recommend.local_result import LocalResult
 from pplr.recommend.metrics import ranking_metrics
-from pplr.recommend.training import LocalResult
 from pplr.runtimes.middles import Middles
-from pplr.runtimes.parcels import Parcel
-from pplr.runtimes.participant import HELLO, TEST, TRAIN, VALIDATE
-from pplr.runtimes.training_flops import SIDES, trained_rounds
+from pplr.runtimes.parcels import HELLO, TEST, TRAIN, VALIDATE, Parcel
+from pplr.runtimes.told_flops import SIDES, trained_rounds
 from pplr.storage import sha256_bytes
 
 __all__ = ["OrderDesk", "Reports", "Start", "greeting", "read_hello", "read_start", "run_token"]

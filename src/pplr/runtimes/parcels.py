@@ -18,7 +18,10 @@ from torch import Tensor
 
 from pplr.errors import WireError
 
-__all__ = ["MAX_BYTES", "Parcel"]
+__all__ = ["HELLO", "MAX_BYTES", "TEST", "TRAIN", "VALIDATE", "Parcel"]
+
+HELLO, TRAIN, VALIDATE, TEST = "hello", "train", "validate", "test"
+"""Kinds of orders, and of the reports on them."""
 
 MAX_BYTES = 1 << 31
 """Largest parcel that is read, unless told otherwise."""

@@ -17,17 +17,17 @@ from typing import Any
 from pplr.backbones.adapters import adapter_sha256, save_adapter
 from pplr.errors import FederationError, WireError
 from pplr.federation.checkpoints import Checkpoint, CheckpointStore
-from pplr.federation.client import Best, FederatedClient
+from pplr.federation.client import FederatedClient
+from pplr.federation.decisions import Best
 from pplr.recommend.evaluation import evaluate
 from pplr.runtimes.assembly import Assembly
-from pplr.runtimes.parcels import Parcel
+from pplr.runtimes.parcels import HELLO, TEST, TRAIN, VALIDATE, Parcel
 from pplr.runtimes.training_flops import training_flops
 from pplr.stages.flops import Flops
 from pplr.stages.transport import Traffic
 
-__all__ = ["HELLO", "TEST", "TRAIN", "VALIDATE", "Participant"]
+__all__ = ["Participant"]
 
-HELLO, TRAIN, VALIDATE, TEST = "hello", "train", "validate", "test"
 _KEPT = 6  # states of three rounds, before and after their mixing
 _SAME = "Use the same version of pplr on both sides."
 

@@ -9,18 +9,20 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from pplr.config import Config
 from pplr.errors import RunError
 from pplr.progress import Progress
-from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.claiming import LOCK, claim
 from pplr.runtimes.run import OWN, open_run
 from pplr.runtimes.trackers import Tracking
 from pplr.storage import storage_errors, write_atomic, write_json
+
+if TYPE_CHECKING:
+    from pplr.runtimes.assembly import Assembly
 
 __all__ = [
     "HasRecords",

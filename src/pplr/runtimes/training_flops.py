@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from pplr.config import Config
 from pplr.recommend.training import epoch_batches
-from pplr.runtimes.assembly import Assembly
 from pplr.stages.flops import Flops, FlopsOfCut
 
-__all__ = ["SIDES", "is_worked_out", "summed_flops", "trained_rounds", "training_flops"]
+if TYPE_CHECKING:
+    from pplr.runtimes.assembly import Assembly
 
-SIDES: Final = ("client", "server", "whole")
-"""Whose operations are told: those of :class:`~pplr.stages.flops.Flops`."""
+__all__ = ["is_worked_out", "training_flops"]
 
 
 def is_worked_out(config: Config) -> bool:
@@ -24,11 +23,6 @@ def is_worked_out(config: Config) -> bool:
     """
     states = config.privacy.states
     return not (config.privacy.dp.is_on or states.noise == "learned" or states.settle_rounds is not None)
-
-
-def trained_rounds(records: Iterable[Mapping[str, Any]], client: str) -> list[int]:
-    """List the server rounds, from 0, in which a client trained."""
-    return [int(one["server_round"]) - 1 for one in records if "seconds" in one["clients"].get(client, {})]
 
 
 def training_flops(assembly: Assembly, client: str, rounds: Sequence[int]) -> Flops | None:
@@ -69,13 +63,6 @@ def training_flops(assembly: Assembly, client: str, rounds: Sequence[int]) -> Fl
                     return None
                 total += same if backbone.keeps_constants(server_round) else same + reading
     return total
-
-
-def summed_flops(told: Sequence[Mapping[str, int] | None]) -> dict[str, int | None]:
-    """Add up what clients' training took, by side; ``None`` where one of them does not tell, or there is none."""
-    known = [own for own in told if own is not None]
-    is_whole = bool(told) and len(known) == len(told)
-    return {side: sum(own[side] for own in known) if is_whole else None for side in SIDES}
 
 
 def _sum(counts: Iterable[Flops | None]) -> Flops | None:
