@@ -14,8 +14,10 @@ import psutil
 import pytest
 
 from pplr.runtimes import in_process
+from pplr.runtimes.run import open_run
 from pplr.testing import same_adapters
 from tests.docs.pages import DOCS, blocks, commands
+from tests.runtimes.trackers.reading import check_trackers
 
 pytest.importorskip("ray")
 SETTINGS = ("federation.rounds=3", "federation.participation=0.7")
@@ -68,10 +70,13 @@ def is_loopback(address: str) -> bool:
     return address.startswith("127.") or address in ("::1", "::ffff:127.0.0.1")
 
 
-def test_a_simulation_gives_the_in_process_run_and_reaches_nobody(command, config, tmp_path: Path) -> None:
+def test_a_simulation_gives_the_in_process_run_tells_its_trackers_and_reaches_nobody(
+    command, config, tmp_path: Path
+) -> None:
     here = in_process.train(config(*SETTINGS), tmp_path / "here")
     folder = tmp_path / "there"
-    process = subprocess.Popen(command(folder, SETTINGS), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    tracked = command(folder, (*SETTINGS, "run.trackers=[tensorboard, mlflow]"))
+    process = subprocess.Popen(tracked, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     seen: set[str] = set()
     until = time.monotonic() + LIMIT_S
     while process.poll() is None and time.monotonic() < until:
@@ -81,6 +86,7 @@ def test_a_simulation_gives_the_in_process_run_and_reaches_nobody(command, confi
     assert process.returncode == 0, output
     assert comparable(folder) == comparable(here.folder)
     assert same_adapters(folder, here.folder)
+    check_trackers(open_run(folder))
     assert seen, "no connection was seen, so nothing was watched"
     assert all(is_loopback(address) for address in seen), seen
 

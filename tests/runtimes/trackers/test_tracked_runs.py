@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from pplr.runtimes.launch import train
-from pplr.runtimes.run import open_run
 from pplr.runtimes.trackers import parameters
 from tests.runtimes.trackers.reading import (
     approximately,
@@ -114,16 +110,3 @@ def test_no_title_and_no_user_is_told(tmp_path, small_config, backbone, data_fol
     assert kept
     assert not words & titles
     assert not words & users
-
-
-@pytest.mark.slow
-def test_a_simulation_tells_its_trackers_too(tmp_path, small_config, model_folder):
-    pytest.importorskip("ray")
-    config = small_config(BOTH, "runtime.name=flower_simulation", f"backbone.model={model_folder}")
-    (tmp_path / "config.yaml").write_text(config.to_yaml())
-    command = ("train", str(tmp_path / "config.yaml"), "--run-dir", str(tmp_path / "run"))
-    done = subprocess.run(
-        [sys.executable, "-m", "pplr.apps.cli", *command], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    check_trackers(open_run(tmp_path / "run"))
