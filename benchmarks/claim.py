@@ -35,6 +35,7 @@ from benchmarks.records import (
     record_of,
     regroup,
     settings_of,
+    without_places,
     write_record,
 )
 from pplr.config import Config
@@ -147,9 +148,12 @@ class Claim:
         return [own for own in self.siblings(job) if not self.is_kept(own)]
 
     def write_plan(self) -> None:
-        """Write down what is wanted, with what was wanted before, so that tables can say what is missing."""
+        """Write down what is wanted, with what was wanted before, so that tables can say what is missing.
+
+        Where it is run is told by each record: seeds may be trained on different machines.
+        """
         path = self.root / "results" / self.name / "plan.json"
-        plan: dict[str, Any] = {"config": str(self.config), "set": list(self.overrides)}
+        plan: dict[str, Any] = {"config": str(self.config), "set": without_places(self.overrides)}
         before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         for key in ("seeds", "holdouts", "partitions", "methods"):
             plan[key] = list(dict.fromkeys([*before.get(key, []), *getattr(self, key)]))

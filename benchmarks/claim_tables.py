@@ -46,12 +46,12 @@ def claim_sections(folder: Path) -> list[Section]:
 def _opening(folder: Path, plan: Mapping[str, Any]) -> str:
     start = command(dict(plan), "python -m benchmarks.claim")
     return (
-        f"`{start} --name {folder.name}`, kept in `results/{folder.name}/`. Means over seeds with 95 % intervals "
-        "(Student's t). Worst client, gap (best less worst) and std are of the clients' means. Behind: clients, over "
-        "all seeds, whose mean is below what `local` gives them. `pplr less this`: each user's "
-        "values are averaged over the seeds that both methods have, then users are resampled (paired bootstrap, "
-        "10,000 samples); its interval says how far it would move with other users, not with other seeds. p is "
-        "two-sided and not corrected for the number of rows."
+        f"`{start} --name {folder.name}`, with `--set backbone.device=cuda` on a GPU; kept in `results/{folder.name}`; "
+        "below each table stands which seeds were trained on what. Means over seeds with 95 % intervals (Student's t). "
+        "Worst client, gap (best less worst) and std are of the clients' means. Behind: clients, over all seeds, whose "
+        "mean is below what `local` gives them. `pplr less this`: each user's values are averaged over the seeds that "
+        "both methods have, then users are resampled (paired bootstrap, 10,000 samples); its interval says how far it "
+        "would move with other users, not with other seeds. p is two-sided and not corrected for the number of rows."
     )
 
 
@@ -133,19 +133,24 @@ def _by_user(record: Record, metric: str) -> dict[int, float]:
 
 
 def _notes(methods: Mapping[str, Seeds]) -> str:
-    """Say how many users each client tests, and what each method took."""
+    """Say how many users each client tests, and what each method took, on each machine by itself."""
     sizes: dict[int, str] = {}
-    for own in methods.values():
+    machines: dict[str, dict[str, dict[int, Record]]] = {}
+    for name, own in methods.items():
         for seed, record in own.items():
             sizes.setdefault(seed, "/".join(str(client["users"]) for client in record["clients"].values()))
+            machines.setdefault(where(record["machine"]), {}).setdefault(name, {})[seed] = record
     distinct = list(dict.fromkeys(sizes[seed] for seed in sorted(sizes)))
-    took = [f"{name} {_mean_rounds(own)} and {_minutes(own)}" for name, own in methods.items() if own]
-    machines = sorted({where(record["machine"]) for own in methods.values() for record in own.values()})
-    return (
-        f"- Test users of the clients: {'; '.join(distinct)}.\n"
-        f"- Rounds and minutes a seed: {', '.join(took)}.\n"
-        f"- Measured on {'; '.join(machines)}."
-    )
+    lines = [f"- Test users of the clients: {'; '.join(distinct)}."]
+    for machine in sorted(machines):
+        there = machines[machine]
+        seeds = sorted({seed for own in there.values() for seed in own})
+        took = [f"{name} {_mean_rounds(own)} and {_minutes(own)}" for name, own in there.items()]
+        lines.append(
+            f"- Measured on {machine}: seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}. "
+            f"Rounds and minutes a seed: {', '.join(took)}."
+        )
+    return "\n".join(lines)
 
 
 def _mean_rounds(seeds: Seeds) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ _DIGITS = 6
 Record = dict[str, Any]
 
 
+_PLACES = ("runtime.", "backbone.device=", "data.path=", "data.items_path=")
+
+
 def settings_of(config: Config) -> dict[str, Any]:
     """Tell what a result depends on: every field not at its default, but where it runs and where its data lie."""
     told = config.model_dump(mode="json", exclude_defaults=True)
@@ -31,6 +34,11 @@ def settings_of(config: Config) -> dict[str, Any]:
     for name in ("path", "items_path"):
         told.get("data", {}).pop(name, None)
     return told
+
+
+def without_places(overrides: Sequence[str]) -> list[str]:
+    """Leave out of settings, as ``section.field=value``, what :func:`settings_of` leaves out."""
+    return [own for own in overrides if not own.startswith(_PLACES)]
 
 
 def first_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.claim import Claim, main, parse
 from benchmarks.claim_jobs import METHODS, PARTITIONS, Job
-from benchmarks.records import evaluation_of, read_record
+from benchmarks.records import evaluation_of, read_record, without_places
 from pplr.config_files import load_config
 from pplr.errors import ConfigError, RunError
 from pplr.federation.methods import make_method
@@ -40,6 +40,14 @@ def make(tiny_config, tmp_path, monkeypatch):
         return made
 
     return claim
+
+
+def test_where_a_run_was_trained_is_no_setting_of_the_plan() -> None:
+    places = ["runtime.threads=1", "backbone.device=cuda", "data.path=/data", "data.items_path=/data/items.csv"]
+    assert without_places([*places, "backbone.dtype=float32", "data.history_items=9"]) == [
+        "backbone.dtype=float32",
+        "data.history_items=9",
+    ]
 
 
 def test_every_method_is_settings_that_can_be_run() -> None:
@@ -85,10 +93,11 @@ def test_a_claim_is_kept_small_and_not_run_twice(make, tmp_path) -> None:
     assert "metrics.json" in left
     assert not {"clients", "checkpoints"} & left
 
-    again = make(seeds=(0, 1), methods=("pplr",), partitions=("kmeans",))
+    again = make("runtime.threads=1", seeds=(0, 1), methods=("pplr",), partitions=("kmeans",))
     again.run(parallel=1)
     assert again.trained == ["leave_one_out-kmeans-1-pplr"]
     plan = json.loads((results / "plan.json").read_text())
+    assert plan["set"] == []  # records tell what they were trained on
     assert plan["seeds"] == [0, 1]
     assert plan["methods"] == ["pplr", "centralized"]
 

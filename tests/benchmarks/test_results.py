@@ -7,7 +7,7 @@ import pytest
 from benchmarks.claim_tables import averaged, behind, claim_sections, method_row
 from benchmarks.cold_start_tables import cold_start_sections
 from benchmarks.recommendation_tables import recommendation_sections
-from benchmarks.records import write_record
+from benchmarks.records import read_record, write_record
 from benchmarks.results import OPENING, ROOT, main, sections_of
 from benchmarks.tables import Section, interval, known_interval, page
 from pplr.errors import RunError
@@ -148,6 +148,21 @@ def test_the_claims_tables_say_what_is_missing(folder) -> None:
     assert by_ndcg.startswith("| ndcg@10 |")
     assert "Test users of the clients: 2/2." in notes
     assert "local 3.0 and 1.0, pplr 3.0 and 1.0" in notes
+
+
+def test_seeds_of_two_machines_are_told_apart(folder) -> None:
+    path = folder / "leave_one_out-kmeans-1-pplr.json"
+    record = read_record(path)
+    machine = {"processor": "a processor", "threads": 1}
+    write_record(path, {**record, "machine": machine | {"device": "A GPU"}, "seconds": {"total": 30.0}})
+    for other in ("0-pplr", "0-local"):
+        there = folder / f"leave_one_out-kmeans-{other}.json"
+        write_record(there, {**read_record(there), "machine": machine})
+    notes = claim_sections(folder)[1].body.split("\n\n")[2].splitlines()
+    assert notes[1:] == [
+        "- Measured on A GPU beside a processor, 1 threads: seed 1. Rounds and minutes a seed: pplr 3.0 and 0.5.",
+        "- Measured on a processor, 1 threads: seed 0. Rounds and minutes a seed: local 3.0 and 1.0, pplr 3.0 and 1.0.",
+    ]
 
 
 def test_users_are_averaged_over_the_seeds_that_both_have(make_record) -> None:
