@@ -22,23 +22,24 @@ _DIGITS = 6
 
 Record = dict[str, Any]
 
-
-_PLACES = ("runtime.", "backbone.device=", "data.path=", "data.items_path=")
+_PLACES = ("runtime.", "backbone.device", "data.path", "data.items_path")
+"""What no result depends on: where it runs, and where its data lie. What ends with a dot is a whole section."""
 
 
 def settings_of(config: Config) -> dict[str, Any]:
     """Tell what a result depends on: every field not at its default, but where it runs and where its data lie."""
     told = config.model_dump(mode="json", exclude_defaults=True)
-    told.pop("runtime", None)
-    told.get("backbone", {}).pop("device", None)
-    for name in ("path", "items_path"):
-        told.get("data", {}).pop(name, None)
+    for section, _, field in (place.partition(".") for place in _PLACES):
+        if field:
+            told.get(section, {}).pop(field, None)
+        else:
+            told.pop(section, None)
     return told
 
 
 def without_places(overrides: Sequence[str]) -> list[str]:
     """Leave out of settings, as ``section.field=value``, what :func:`settings_of` leaves out."""
-    return [own for own in overrides if not own.startswith(_PLACES)]
+    return [own for own in overrides if not own.startswith(tuple(p if p.endswith(".") else f"{p}=" for p in _PLACES))]
 
 
 def first_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
