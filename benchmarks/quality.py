@@ -49,11 +49,22 @@ def train(config: Path, overrides: Sequence[str], seed: int, folder: Path) -> di
     """Train one seed, unless it is trained already; return its metrics."""
     finish(config, [*overrides, f"run.seed={seed}"], folder)
     told: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    rounds = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
     provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
     held = {key: value for key, value in provenance.items() if key.endswith("sha256")}
     measured = {key: told[key] for key in KEPT if key in told}
-    return {"seed": seed, "rounds": len(rounds), "machine": where_trained(provenance), **held, **measured}
+    metric = load_config(folder / "config.yaml").evaluation.validation_metric
+    validation = {"metric": metric, "clients": _validated(rounds, metric)}
+    machine = where_trained(provenance)
+    return {"seed": seed, "rounds": len(rounds), "machine": machine, **held, **measured, "validation": validation}
+
+
+def _validated(rounds: Sequence[dict[str, Any]], metric: str) -> dict[str, list[float | None]]:
+    """Tell what each client measured after each round, by its name; ``None`` where it did not."""
+    told = [own["clients"] for own in rounds]
+    names = dict.fromkeys(name for own in told for name in own)
+    values = {name: [(own.get(name, {}).get("validation") or {}).get(metric) for own in told] for name in names}
+    return {name: [None if v is None else round(v, 6) for v in own] for name, own in values.items()}
 
 
 def main() -> None:

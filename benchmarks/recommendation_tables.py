@@ -44,7 +44,7 @@ def _section(holdout: str, results: dict[str, Result]) -> Section:
         else:
             rows.append(training_row(name, told["runs"]))
             machine = told["machine"] | told["runs"][0].get("machine", {})
-            notes.append(f"- {name}: `{command(told, 'pplr train')}`; {where(machine)}.")
+            notes.append(f"- {name}: `{command(told, 'pplr train')}`; {where(machine)}.{best_round(told['runs'])}")
             floors |= told["runs"][0]["floors"]
     shown = {row[0] for row in rows}
     rows += [row(name, [{"overall": own}]) for name, own in sorted(floors.items()) if name not in shown]
@@ -72,6 +72,22 @@ def training_row(name: str, runs: Sequence[Result]) -> list[str]:
     totals = [run["seconds"]["total"] for run in runs if run["seconds"]["total"] is not None]
     minutes = f"{statistics.fmean(totals) / 60:.0f}" if totals else ""
     return row(name, runs, (worst, "/".join(str(run["rounds"]) for run in runs), minutes))
+
+
+def best_round(runs: Sequence[Result]) -> str:
+    """Say when validation was best, where one client was trained and each round was kept; nothing otherwise."""
+    told = []
+    for run in runs:
+        kept = run.get("validation", {"clients": {}})
+        if len(kept["clients"]) != 1:
+            return ""
+        ((_, values),) = kept["clients"].items()
+        known = [(value, place) for place, value in enumerate(values, 1) if value is not None]
+        if not known:
+            return ""
+        value, place = min(known) if kept["metric"] == "loss" else max(known, key=lambda own: (own[0], -own[1]))
+        told.append(f"{kept['metric']} {value:.4f} after {place}")
+    return f" Best in validation: {', '.join(told)}."
 
 
 def other_rows(told: Result) -> list[list[str]]:

@@ -23,7 +23,8 @@ def test_a_run_that_is_there_is_read_and_not_trained_again(tmp_path, monkeypatch
         (tmp_path / "config.yaml").write_text(load_config(config, command[8::2]).to_yaml())
         told = {"overall": {"ndcg@10": 0.1}, "spread": {}, "clients": {"0": {}}, "seconds": {"total": 1.0}}
         (tmp_path / "metrics.json").write_text(json.dumps(told))
-        (tmp_path / "rounds.jsonl").write_text("{}\n{}\n")
+        rounds = [{"a": {"validation": {"loss": 0.25, "mrr": 1}}, "b": {}}, {"a": {"validation": None}}]
+        (tmp_path / "rounds.jsonl").write_text("".join(json.dumps({"clients": own}) + "\n" for own in rounds))
         (tmp_path / "provenance.json").write_text(
             json.dumps({"holdout_sha256": "h", "versions": {}, "machine": {"threads": 1}})
         )
@@ -41,6 +42,7 @@ def test_a_run_that_is_there_is_read_and_not_trained_again(tmp_path, monkeypatch
     assert first["holdout_sha256"] == "h"
     assert (first["seed"], first["rounds"]) == (3, 2)
     assert not {"clients", "versions"} & set(first)
+    assert first["validation"] == {"metric": "loss", "clients": {"a": [0.25, None], "b": [None, None]}}
     with refuses(RunError, "federation.rounds is 2 there and 4 here"):
         train(config, ["federation.rounds=4"], 3, tmp_path)
     (tmp_path / "metrics.json").unlink()

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.claim_tables import averaged, behind, claim_sections, method_row
 from benchmarks.cold_start_tables import cold_start_sections
-from benchmarks.recommendation_tables import recommendation_sections
+from benchmarks.recommendation_tables import best_round, recommendation_sections
 from benchmarks.records import read_record, write_record
 from benchmarks.results import OPENING, ROOT, main, sections_of
 from benchmarks.tables import Section, interval, known_interval, page
@@ -81,6 +81,19 @@ def test_what_was_measured_on_one_holdout_stands_in_one_table() -> None:
     assert lines[4] == "| popularity | 1 | 0.1000 | 0.0500 | 0.2000 | 0.0800 |  |  |  |"  # told once
     assert "pplr train configs/movielens_item_vectors.yaml --set federation.method=centralized" in movies.body
     assert "| popularity | 1 | 0.0500 |" in games.body  # from the run itself, where nothing else measured it
+
+
+def test_when_validation_was_best_is_told_where_one_client_was_trained() -> None:
+    told = quality("a", 0.1, 0.2)
+    first, second = told["runs"]
+    first["validation"] = {"metric": "ndcg@10", "clients": {"pooled": [0.1, None, 0.3, 0.3]}}
+    second["validation"] = {"metric": "loss", "clients": {"pooled": [2.5, 1.25, 1.5]}}
+    assert best_round(told["runs"]) == " Best in validation: ndcg@10 0.3000 after 3, loss 1.2500 after 2."
+    (section,) = recommendation_sections({"one": told})
+    assert "ndcg@10 0.3000 after 3" in section.body
+    second["validation"]["clients"]["other"] = [1.0]
+    assert best_round(told["runs"]) == ""
+    assert best_round(quality("a", 0.1)["runs"]) == ""
 
 
 def test_cold_start_has_a_table_for_items_and_one_for_users() -> None:

@@ -34,7 +34,7 @@ class Command:
         folder: Where it runs; the driver's when absent.
         environment: What is set in it besides the driver's own.
         program: A script to run instead of ``pplr``.
-        faults: Those of ``fault_driver.py``.
+        faults: Those of ``command_driver.py``.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Driver:
         self._process = subprocess.Popen(
             [
                 sys.executable,
-                str(Path(__file__).with_name("fault_driver.py")),
+                str(Path(__file__).with_name("command_driver.py")),
                 *([] if threads is None else [str(threads)]),
             ],
             stdin=subprocess.PIPE,
