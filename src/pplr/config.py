@@ -153,6 +153,9 @@ class ItemVectorsConfig(_Section):
     attributes: tuple[str, ...] = ()
     """Columns of the items whose values are read after the title, such as genres."""
 
+    pooling: Literal["mean", "last"] = "mean"
+    """What stands for a text: the mean of the base model's states over its tokens, or the state of its last token."""
+
     whitening: Literal["none", "standardise", "zca"] = "zca"
     """How the base model's title vectors are prepared: as they are, each dimension standardised, or decorrelated."""
 

@@ -15,7 +15,7 @@ from pplr.data.prompts import Case, PromptTemplate
 from pplr.errors import ConfigError, StorageError
 from pplr.recommend import generative
 from pplr.recommend.evaluation import evaluate, scored
-from pplr.recommend.generative import GenerativeRanker, TitleSpace, embed_texts
+from pplr.recommend.generative import GenerativeRanker, TitleSpace, embed_texts, read_texts
 from pplr.recommend.metrics import batch_ranks
 from pplr.recommend.trie import TitleTrie
 from pplr.stages.client_model import ClientModel
@@ -55,26 +55,28 @@ def space(model: ClientModel) -> TitleSpace:
     return TitleSpace.build(model, tiny_catalog())
 
 
-def naive_embedding(backbone: CausalLM, text: str) -> torch.Tensor:
+def naive_embedding(backbone: CausalLM, text: str, pooling: str = "last") -> torch.Tensor:
     """The uncut base model, one text, no padding."""
     tokens = backbone.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
     with torch.no_grad():
-        return backbone.model.model(input_ids=tokens).last_hidden_state[0, -1]
+        states = backbone.model.model(input_ids=tokens).last_hidden_state[0]
+    return states[-1] if pooling == "last" else states.mean(dim=0)
 
 
 # -- embeddings -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("pooling", ["last", "mean"])
 @pytest.mark.parametrize("batch_tokens", [1, 8, 4096])
 def test_embeddings_are_those_of_one_text_at_a_time(
-    trees: CausalLM, model: ClientModel, monkeypatch: pytest.MonkeyPatch, batch_tokens: int
+    trees: CausalLM, model: ClientModel, monkeypatch: pytest.MonkeyPatch, batch_tokens: int, pooling: str
 ):
     monkeypatch.setattr(generative, "_BATCH_TOKENS", batch_tokens)
     told: list[int] = []
-    embedded = embed_texts(model, TEXTS, told.append)
+    embedded = embed_texts(model, TEXTS, told.append, pooling=pooling)
     assert embedded.shape == (6, 32)
     assert embedded.dtype == torch.float32
-    naive = torch.stack([naive_embedding(trees, text) for text in TEXTS])
+    naive = torch.stack([naive_embedding(trees, text, pooling) for text in TEXTS])
     torch.testing.assert_close(embedded, naive, rtol=1e-5, atol=1e-5)
     assert torch.equal(embedded[0], embedded[4])
     assert sum(told) == 5  # each different text once
@@ -87,6 +89,12 @@ def test_embeddings_do_not_depend_on_adapter_or_cut(trees: CausalLM, model: Clie
         for seed in range(2):
             other = cut.client(str(seed), random_adapter(cut.shapes, seed))
             assert torch.equal(embed_texts(other, TEXTS), expected)
+
+
+def test_texts_are_kept_by_how_their_tokens_are_pooled(model: ClientModel):
+    for _ in range(2):
+        assert torch.equal(read_texts(model, TEXTS), embed_texts(model, TEXTS, pooling="mean"))
+        assert torch.equal(read_texts(model, TEXTS, pooling="last"), embed_texts(model, TEXTS))
 
 
 def test_items_of_one_title_share_a_row(space: TitleSpace):

@@ -14,15 +14,19 @@ from transformers import AutoModelForCausalLM
 
 from pplr.backbones.adapters import load_adapter
 from pplr.backbones.base import load_backbone
+from pplr.backbones.item_vectors import ItemVectors, item_texts, whiten
 from pplr.config import BackboneConfig, Config
 from pplr.errors import BackboneError
 from pplr.progress import Silent
+from pplr.recommend.generative import embed_texts
 from pplr.runtimes.address import StageServerAt
+from pplr.runtimes.assembly import Assembly
 from pplr.runtimes.audit_settings import AuditSettings
 from pplr.runtimes.auditing import audit_run
 from pplr.runtimes.identity import enroll_client, init_federation, read_server
 from pplr.runtimes.in_process import train
 from pplr.runtimes.stage_server import StageServer
+from pplr.stages.model import CutModel
 from pplr.testing import refuses, same_adapters
 
 SETTINGS = (
@@ -63,6 +67,16 @@ def test_a_run_trains_measures_recommends_and_leaves_adapters_that_peft_loads(tm
     kept = load_file(folder / "adapter_model.safetensors")
     assert len(loaded) == len(kept)
     assert all(torch.equal(loaded[name.replace(".weight", ".default.weight")], kept[name]) for name in kept)
+
+
+def test_a_text_may_be_its_last_token(config) -> None:
+    made = [Assembly(config(*more), Silent()) for more in ([], ["backbone.item_vectors.pooling=last"])]
+    for own, pooling in zip(made, ("mean", "last"), strict=True):
+        assert isinstance(own.backbone, ItemVectors)
+        texts = item_texts(own.data.dataset.catalog, ())
+        reader = CutModel(own.backbone.text, own.plan, own.config.adapter, own.config.training)
+        states = embed_texts(reader.client("reader", reader.initial_adapter(0)), texts, pooling=pooling)
+        assert torch.equal(own.backbone.vectors, whiten(states, "zca"))
 
 
 def test_the_cut_changes_nothing(tmp_path, config) -> None:

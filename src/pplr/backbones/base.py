@@ -276,7 +276,7 @@ class Backbone(ABC):
 
         Args:
             catalog: N items.
-            read: Turns S texts into (S, D) states of the base model, averaged over a text's tokens.
+            read: Turns S texts into (S, D) states of the base model, one for each text, pooled as configured.
         """
 
     def leave_out(self, items: Sequence[int]) -> None:  # noqa: B027

@@ -104,13 +104,20 @@ class TitleSpace:
         return cls(catalog, _cached(path, lambda: embed_texts(model, list(distinct), advance)), title_of)
 
 
-def read_texts(model: ClientModel, texts: Sequence[str], advance: Callable[[int], None] = lambda _: None) -> Tensor:
-    """Read texts as vectors, each the mean of the base model's states over its tokens, or take them from the cache.
+def read_texts(
+    model: ClientModel,
+    texts: Sequence[str],
+    advance: Callable[[int], None] = lambda _: None,
+    *,
+    pooling: Literal["last", "mean"] = "mean",
+) -> Tensor:
+    """Read texts as vectors of the base model, or take them from the cache.
 
     Args:
         model: Any client's model; its adapter takes no part.
         texts: S texts, none of them empty.
         advance: Told the number of texts done.
+        pooling: ``mean`` takes the mean of a text's states over its tokens, ``last`` that of its last token.
 
     Returns:
         (S, D) float32, on the CPU.
@@ -118,9 +125,10 @@ def read_texts(model: ClientModel, texts: Sequence[str], advance: Callable[[int]
     Raises:
         StorageError: The cached file is damaged.
     """
-    key = sha256_bytes("\n".join(["texts 1", _decoder(model).fingerprint(), *texts]).encode())
+    kind = "texts 1" if pooling == "mean" else f"texts 1, {pooling}"
+    key = sha256_bytes("\n".join([kind, _decoder(model).fingerprint(), *texts]).encode())
     path = cache_dir() / "title_embeddings" / f"{key[:32]}.safetensors"
-    return _cached(path, lambda: embed_texts(model, texts, advance, pooling="mean"))
+    return _cached(path, lambda: embed_texts(model, texts, advance, pooling=pooling))
 
 
 def _cached(path: Path, make: Callable[[], Tensor]) -> Tensor:

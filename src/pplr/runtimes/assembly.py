@@ -234,7 +234,7 @@ class Assembly:
         reader = model.client("item texts", model.initial_adapter(0))
         try:
             with self.progress.task("reading items", len(set(texts)), "texts") as advance:
-                return read_texts(reader, texts, advance)
+                return read_texts(reader, texts, advance, pooling=self.config.backbone.item_vectors.pooling)
         finally:
             model.close()
 
