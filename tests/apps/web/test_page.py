@@ -31,11 +31,15 @@ def test_a_user_gets_ten_titles_and_sees_what_crossed(marked, page_of, visit, ke
     page = own.page
     page.get_by_role("button", name="Recommend").wait_for()
     keep(own, f"controls-{width}")
-    page.get_by_role("combobox", name="User").fill("u4")
-    page.get_by_role("combobox", name="Client").click()
-    page.get_by_role("option", name=re.compile("^1: ")).click()
-    page.get_by_role("combobox", name="User").fill("u4")
+    user = page.get_by_role("combobox", name="User")
+    for typed, client in (("nobody", "2"), ("u4", "1")):  # of no client; of the client that is chosen then
+        user.fill(typed)
+        page.get_by_role("combobox", name="Client").click()
+        page.get_by_role("option", name=re.compile(f"^{client}: ")).click()
+        if typed == "nobody":
+            page.wait_for_function("field => field.value.startsWith('u')", arg=user.element_handle())
     titles = ask(page)
+    assert user.input_value() == "u4"
     found = marked.recommend("1", user="u4", count=10)
     assert titles == [item.title for item in found]
     assert page.locator(".list").count() == 3

@@ -65,7 +65,9 @@ class Asking:
         return next(iter(self._complete_user("")), "")
 
     def _new_client(self) -> None:
-        self._user.value = self._first_user()
+        """Propose a user of the client, unless one is typed already."""
+        if not self._desk.is_user(str(self._client.value), self._user.value.strip()):
+            self._user.value = self._first_user()
 
     def _new_way(self) -> None:
         self._of_user.set_visibility(self._how.value == _USER)

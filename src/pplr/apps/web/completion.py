@@ -16,10 +16,16 @@ class Completion:
     Example:
         >>> Completion(["Heat (1995)", "Wheat", "Red Heat"]).of("heat")
         ['Heat (1995)', 'Red Heat', 'Wheat']
+        >>> "Wheat" in Completion(["Wheat"]), "wheat" in Completion(["Wheat"])
+        (True, False)
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._texts = [(_folded(text), text) for text in dict.fromkeys(texts)]
+
+    def __contains__(self, text: str) -> bool:
+        """Whether this very text is among them."""
+        return any(text == own for _, own in self._texts)
 
     def of(self, typed: str, most: int = 8) -> list[str]:
         """List what may be meant: texts that begin so, then those with a word that does, then those that hold it.

@@ -86,6 +86,10 @@ class Desk:
     def _titles(self) -> Completion:
         return Completion(self._explainer().catalog.titles)
 
+    def is_user(self, client: str, user: str) -> bool:
+        """Whether a user is this client's and has a history."""
+        return user in self._users[client]
+
     def complete_user(self, client: str, typed: str) -> list[str]:
         """List users of a client."""
         return self._users[client].of(typed)
