@@ -150,7 +150,26 @@ def _notes(methods: Mapping[str, Seeds]) -> str:
             f"- Measured on {machine}: seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}. "
             f"Rounds and minutes a seed: {', '.join(took)}."
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_mixing_notes(methods)])
+
+
+def _mixing_notes(methods: Mapping[str, Seeds]) -> list[str]:
+    """Say how far each method learned what it trains on, and who could learn from whom by ``pplr``."""
+    last = {name: [loss for run in own.values() for loss in run["rounds"][-1]["loss"]] for name, own in methods.items()}
+    losses = ", ".join(f"{name} {statistics.fmean(own):.2f}" for name, own in last.items() if own)
+    lines = [f"- Training loss in the last server round, mean over clients and seeds: {losses}."] if losses else []
+    runs = [own["rounds"] for own in methods.get(FEDERATED, {}).values()]
+    ends = [[rounds[place]["similarity"] for rounds in runs if "similarity" in rounds[place]] for place in (0, -1)]
+    if all(ends):
+        first, final = (f"{min(low for low, _ in own):.4f} to {max(high for _, high in own):.4f}" for own in ends)
+        lines.append(f"- Similarity of two clients by {FEDERATED}: {first} in the first round, {final} in the last.")
+    shares = []
+    for number in range(max((len(rounds) for rounds in runs), default=0)):
+        weights = [weight for rounds in runs if number < len(rounds) for weight in rounds[number].get("heating", [])]
+        shares += [f"{sum(weight > 0.99 for weight in weights)} of {len(weights)}"] if weights else []
+    if shares:
+        lines.append(f"- Clients of {FEDERATED} whose heating weight is above .99, by round: {', '.join(shares)}.")
+    return lines
 
 
 def _mean_rounds(seeds: Seeds) -> str:

@@ -44,7 +44,9 @@ def _section(holdout: str, results: dict[str, Result]) -> Section:
         else:
             rows.append(training_row(name, told["runs"]))
             machine = told["machine"] | told["runs"][0].get("machine", {})
-            notes.append(f"- {name}: `{command(told, 'pplr train')}`; {where(machine)}.{best_round(told['runs'])}")
+            notes.append(
+                f"- {name}: `{command(told, 'pplr train')}`; {where(machine)}.{best_in_validation(told['runs'])}"
+            )
             floors |= told["runs"][0]["floors"]
     shown = {row[0] for row in rows}
     rows += [row(name, [{"overall": own}]) for name, own in sorted(floors.items()) if name not in shown]
@@ -74,7 +76,7 @@ def training_row(name: str, runs: Sequence[Result]) -> list[str]:
     return row(name, runs, (worst, "/".join(str(run["rounds"]) for run in runs), minutes))
 
 
-def best_round(runs: Sequence[Result]) -> str:
+def best_in_validation(runs: Sequence[Result]) -> str:
     """Say when validation was best, where one client was trained and each round was kept; nothing otherwise."""
     told = []
     for run in runs:
@@ -85,7 +87,7 @@ def best_round(runs: Sequence[Result]) -> str:
         known = [(value, place) for place, value in enumerate(values, 1) if value is not None]
         if not known:
             return ""
-        value, place = min(known) if kept["metric"] == "loss" else max(known, key=lambda own: (own[0], -own[1]))
+        value, place = (min if kept["metric"] == "loss" else max)(known, key=lambda own: own[0])  # the first of equals
         told.append(f"{kept['metric']} {value:.4f} after {place}")
     return f" Best in validation: {', '.join(told)}."
 

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.claim_tables import averaged, behind, claim_sections, method_row
 from benchmarks.cold_start_tables import cold_start_sections
-from benchmarks.recommendation_tables import best_round, recommendation_sections
+from benchmarks.recommendation_tables import best_in_validation, recommendation_sections
 from benchmarks.records import read_record, write_record
 from benchmarks.results import OPENING, ROOT, main, sections_of
 from benchmarks.tables import Section, interval, known_interval, page
@@ -88,12 +88,12 @@ def test_when_validation_was_best_is_told_where_one_client_was_trained() -> None
     first, second = told["runs"]
     first["validation"] = {"metric": "ndcg@10", "clients": {"pooled": [0.1, None, 0.3, 0.3]}}
     second["validation"] = {"metric": "loss", "clients": {"pooled": [2.5, 1.25, 1.5]}}
-    assert best_round(told["runs"]) == " Best in validation: ndcg@10 0.3000 after 3, loss 1.2500 after 2."
+    assert best_in_validation(told["runs"]) == " Best in validation: ndcg@10 0.3000 after 3, loss 1.2500 after 2."
     (section,) = recommendation_sections({"one": told})
     assert "ndcg@10 0.3000 after 3" in section.body
     second["validation"]["clients"]["other"] = [1.0]
-    assert best_round(told["runs"]) == ""
-    assert best_round(quality("a", 0.1)["runs"]) == ""
+    assert best_in_validation(told["runs"]) == ""
+    assert best_in_validation(quality("a", 0.1)["runs"]) == ""
 
 
 def test_cold_start_has_a_table_for_items_and_one_for_users() -> None:
@@ -175,6 +175,20 @@ def test_seeds_of_two_machines_are_told_apart(folder) -> None:
     assert notes[1:] == [
         "- Measured on A GPU beside a processor, 1 threads: seed 1. Rounds and minutes a seed: pplr 3.0 and 0.5.",
         "- Measured on a processor, 1 threads: seed 0. Rounds and minutes a seed: local 3.0 and 1.0, pplr 3.0 and 1.0.",
+        "- Training loss in the last server round, mean over clients and seeds: local 1.00, pplr 1.00.",
+    ]
+
+
+def test_who_could_learn_from_whom_is_told_by_round(folder) -> None:
+    for seed, (ends, weights) in enumerate([((0.5, 0.7), [[0.2, 1.0], [1.0, 1.0]]), ((0.4, 0.6), [[0.995, 0.98]])]):
+        path = folder / f"leave_one_out-kmeans-{seed}-pplr.json"
+        rounds = [{"loss": [4.0, 5.0 + seed], "similarity": list(ends), "heating": own} for own in weights]
+        write_record(path, {**read_record(path), "rounds": rounds})
+    notes = claim_sections(folder)[1].body.splitlines()
+    assert "pplr 4.75." in notes[-3]  # of 4, 5, 4 and 6
+    assert notes[-2:] == [
+        "- Similarity of two clients by pplr: 0.4000 to 0.7000 in the first round, 0.4000 to 0.7000 in the last.",
+        "- Clients of pplr whose heating weight is above .99, by round: 2 of 4, 2 of 2.",
     ]
 
 
