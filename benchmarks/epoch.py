@@ -61,7 +61,7 @@ def encode_catalog(backbone: Backbone, config: Config, data: Any) -> float | Non
         model = CutModel(backbone.text, CutPlan.make(None, backbone.total_layers), config.adapter, config.training)
         client = model.client("reader", model.initial_adapter(0))
         started = time.perf_counter()
-        vectors = embed_texts(client, texts, pooling="mean")
+        vectors = embed_texts(client, texts, pooling=config.backbone.item_vectors.pooling)
         taken.append(time.perf_counter() - started)
         return vectors
 
