@@ -1,6 +1,7 @@
-"""Try settings on one seed, told apart by validation alone, and keep what came out in ``results/tuning/NAME.json``.
+"""Try settings, told apart by validation alone, and keep what came out in ``results/tuning/NAME.json``.
 
-A grid is a YAML file of trials, each a list of settings. Test cases are measured by no trial.
+A grid is a YAML file of trials, each a list of settings. Test cases are measured by no trial. One seed by default;
+``--seeds 0 1 2`` carries out each trial with each.
 
     python -m benchmarks.tune configs/games_item_vectors.yaml --grid benchmarks/grids/games.yaml --name games
 
@@ -73,16 +74,21 @@ def best_round(rounds: Sequence[Mapping[str, Any]], metric: str) -> tuple[int, f
     return best + 1, means[best]
 
 
-def carry_out(config: Path, trial: Trial, folder: Path, metric: str) -> dict[str, Any]:
-    """Train a trial, unless it is trained already; tell its best round by validation."""
-    finish(config, [*trial.overrides, "evaluation.test_users=1", "evaluation.floors=[]"], folder)
+def carry_out(config: Path, trial: Trial, seed: int, folder: Path, metric: str) -> dict[str, Any]:
+    """Train a trial with a seed, unless that is done already; tell its best round by validation.
+
+    Returns:
+        ``machine``, and what ``seeds`` in the file says of one: ``best_round``, ``rounds``, the metric and
+        ``train_seconds``.
+    """
+    finish(config, [*trial.overrides, f"run.seed={seed}", "evaluation.test_users=1", "evaluation.floors=[]"], folder)
     rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
     at, value = best_round(rounds, metric)
     seconds = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["seconds"]["train"]
     provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    print(f"{trial.name}, seed {seed}: {metric} {value:.4f} in round {at} of {len(rounds)}", flush=True)
     told = {"best_round": at, "rounds": len(rounds), metric: value, "train_seconds": seconds}
-    print(f"{trial.name}: {metric} {value:.4f} in round {at} of {len(rounds)}", flush=True)
-    return {"set": list(trial.overrides), "machine": where_trained(provenance), **told}
+    return {"machine": where_trained(provenance), **told}
 
 
 def main() -> None:
@@ -93,32 +99,37 @@ def main() -> None:
     parser.add_argument("--metric", default="ndcg@10")
     parser.add_argument("--parallel", type=int, default=1, help="trials at once")
     arguments = parser.parse_args()
-    seed = arguments.seeds[0]
+    metric = arguments.metric
     failed: list[str] = []
     told: dict[str, Any] = {}
     try:
-        trials = read_grid(arguments.grid, [*arguments.overrides, f"run.seed={seed}"])
+        trials = read_grid(arguments.grid, arguments.overrides)
     except PplrError as error:
         sys.exit(f"error: {error}")
 
-    def run(trial: Trial) -> dict[str, Any] | None:
+    def run(job: tuple[Trial, int]) -> dict[str, Any] | None:
+        trial, seed = job
+        folder = ROOT / "runs" / "tuning" / arguments.name / f"{trial.name}-{seed}"
         try:
-            return carry_out(arguments.config, trial, ROOT / "runs" / "tuning" / arguments.name / trial.name, metric)
+            return carry_out(arguments.config, trial, seed, folder, metric)
         except PplrError as error:
-            print(f"{trial.name} failed: {error}", flush=True)
-            failed.append(trial.name)
+            print(f"{trial.name}, seed {seed} failed: {error}", flush=True)
+            failed.append(f"{trial.name}, seed {seed}")
             return None
 
-    metric = arguments.metric
+    jobs = [(trial, seed) for seed in arguments.seeds for trial in trials]
     with ThreadPoolExecutor(arguments.parallel) as pool:
-        for trial, found in zip(trials, pool.map(run, trials), strict=True):
+        for (trial, seed), found in zip(jobs, pool.map(run, jobs), strict=True):
             if found is not None:
-                told[trial.name] = found
+                own = told.setdefault(
+                    trial.name, {"set": list(trial.overrides), "machine": found["machine"], "seeds": {}}
+                )
+                own["seeds"][str(seed)] = {key: value for key, value in found.items() if key != "machine"}
     path = ROOT / "results" / "tuning" / f"{arguments.name}.json"
     write_json(path, {"machine": machine(), "config": str(arguments.config), "metric": metric, "trials": told})
     print(f"wrote results/tuning/{path.name}")
     if failed:
-        sys.exit(f"error: {len(failed)} of {len(trials)} trials failed: {', '.join(failed)}")
+        sys.exit(f"error: {len(failed)} of {len(jobs)} failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

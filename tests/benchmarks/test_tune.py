@@ -21,7 +21,10 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("grid", sorted((ROOT / "benchmarks" / "grids").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_trial_of_a_grid_is_a_configuration_of_its_own(grid: Path) -> None:
     trials = read_grid(grid)
-    configs = [load_config(ROOT / "configs" / f"{grid.stem}_item_vectors.yaml", trial.overrides) for trial in trials]
+    configs = [
+        load_config(ROOT / "configs" / f"{grid.stem.split('_')[0]}_item_vectors.yaml", trial.overrides)
+        for trial in trials
+    ]
     assert len({config.to_yaml() for config in configs}) == len(trials)
 
 
@@ -54,26 +57,45 @@ def test_a_round_counts_by_its_clients_samples() -> None:
 
 def test_a_trial_tests_one_user_and_reads_validation_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def finish(config: Path, overrides: list[str], folder: Path) -> None:
-        assert overrides[-2:] == ["evaluation.test_users=1", "evaluation.floors=[]"]
+        assert overrides[-3:] == ["run.seed=2", "evaluation.test_users=1", "evaluation.floors=[]"]
         (folder / "rounds.jsonl").write_text(json.dumps(_round((1, 0.5))) + "\n")
         (folder / "metrics.json").write_text(json.dumps({"seconds": {"train": 60.0}, "overall": {"ndcg@10": 1.0}}))
         (folder / "provenance.json").write_text(json.dumps({"machine": {"threads": 1, "device": "GPU"}}))
 
     monkeypatch.setattr(tune, "finish", finish)
-    trials = {name: carry_out(Path("c.yaml"), Trial(name, own), tmp_path, "ndcg@10") for name, own in SETTINGS.items()}
-    assert trials["b"] == {
-        "set": ["run.seed=0", "training.batch_size=8"],
+    found = carry_out(Path("c.yaml"), Trial("b", ["training.batch_size=8"]), 2, tmp_path, "ndcg@10")
+    assert found == {
         "machine": {"threads": 1, "device": "GPU"},
         "best_round": 1,
         "rounds": 1,
         "ndcg@10": 0.5,
         "train_seconds": 60.0,
     }
-    trials["a"]["ndcg@10"] = 0.4
-    told = {"machine": {"processor": "CPU", "threads": 8}, "config": "c.yaml", "metric": "ndcg@10", "trials": trials}
-    body = tuning_section("x", told).body
-    assert body.index("| b | `training.batch_size=8` | 0.5000 | 1 of 1 | 1.0 |") < body.index("| a | as configured |")
-    assert "`pplr train c.yaml --set run.seed=0`; GPU beside CPU, 1 threads." in body
 
 
-SETTINGS = {"a": ["run.seed=0"], "b": ["run.seed=0", "training.batch_size=8"]}
+def _told(**values: list[float]) -> dict[str, Any]:
+    trials = {
+        name: {
+            "set": ["x.y=1", *([] if name == "a" else ["training.batch_size=8"])],
+            "machine": {"threads": 1, "device": "GPU"},
+            "seeds": {
+                str(seed): {"best_round": 1 + seed, "rounds": 3, "ndcg@10": value, "train_seconds": 60.0 * (1 + seed)}
+                for seed, value in enumerate(own)
+            },
+        }
+        for name, own in values.items()
+    }
+    return {"machine": {"processor": "CPU", "threads": 8}, "config": "c.yaml", "metric": "ndcg@10", "trials": trials}
+
+
+def test_the_best_trial_comes_first() -> None:
+    body = tuning_section("x", _told(a=[0.4], b=[0.5])).body
+    assert body.index("| b | `training.batch_size=8` | 0.5000 | 1 of 3 | 1.0 |") < body.index("| a | as configured |")
+    assert "`pplr train c.yaml --set x.y=1`, with seed 0; GPU beside CPU, 1 threads." in body
+
+
+def test_several_seeds_are_averaged_and_each_is_told() -> None:
+    body = tuning_section("x", _told(a=[0.4, 0.5], b=[0.3, 0.5])).body
+    assert "| a | as configured | 0.4500 | 0.4000, 0.5000 | 1 of 3, 2 of 3 | 1.5 |" in body
+    assert body.index("| a |") < body.index("| b |")
+    assert "with seeds 0, 1; " in body
