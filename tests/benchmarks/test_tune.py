@@ -26,6 +26,10 @@ def test_every_trial_of_a_grid_is_a_configuration_of_its_own(grid: Path) -> None
         for trial in trials
     ]
     assert len({config.to_yaml() for config in configs}) == len(trials)
+    for config in configs:  # a cut leaves the server a block
+        assert config.cut is not None
+        kept = config.backbone.keep_blocks
+        assert kept is None or config.cut.input_layers + config.cut.output_layers < kept
 
 
 def test_what_is_no_grid_is_refused(tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 from _generate.leakage import leakage_table
+from typer.testing import CliRunner
 
 from benchmarks.dp_audit import told
 from benchmarks.measuring import RESULTS
+from pplr.apps.cli import app
 from pplr.privacy.accounting import epsilon_of
 from pplr.recommend.private_training import private_steps
 from tests.docs.pages import DOCS, ROOT, blocks
@@ -142,3 +144,13 @@ def test_pages_that_no_result_stands_behind_have_no_table_of_figures(page: str) 
     for row in rows:
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert not [cell for cell in cells if re.fullmatch(r"[\d,]*\.?\d+( \w+)?", cell)], row
+
+
+@pytest.mark.usefixtures("shared_cache")
+def test_what_a_deeper_cut_costs_is_what_the_plan_says() -> None:
+    told = CliRunner(env={"COLUMNS": "120"}).invoke(app, ["plan", "smollm2-135m"]).output
+    rows = rows_after("A deeper cut")
+    for k, memory, share in rows:
+        (found,) = re.findall(rf"^ +{k} +0 +\S+ MB +(\S+) MB +(\S+)%", told, flags=re.MULTILINE)
+        assert (memory, share) == (f"{found[0]} MB", f"{found[1]} %"), told
+    assert [row[0] for row in rows] == ["0", "1", "2", "4", "8"]
