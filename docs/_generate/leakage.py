@@ -14,7 +14,7 @@ _HEAD = ("backbone", "k", "m", "blocks", "history (F1)", "target", "history, by 
 
 
 def leakage_table(results: Path) -> str:
-    """Write a row for each cut without noise: what the strongest attack with the client's adapter reads."""
+    """Write a row for each cut without noise: what the strongest attack with the client's adapter reads, where one ran."""
     rows = [
         row for path in sorted(results.glob("*.json")) for row in _rows(json.loads(path.read_text(encoding="utf-8")))
     ]
@@ -26,6 +26,8 @@ def _rows(told: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     seeds = told.get("seeds", [])  # audits of a run; other kinds of results have none
     for place, found in enumerate(seeds[0]["settings"] if seeds else []):
         if found["noise"] or found.get("guard") or found.get("passes", 1) > 1:
+            continue
+        if all(own["knowledge"] != "own" for own in found["audits"]):
             continue
         over = [own["settings"][place]["audits"] for own in seeds]
         cut = found["cut"]

@@ -157,3 +157,12 @@ def test_what_a_deeper_cut_costs_is_what_the_plan_says() -> None:
         (found,) = re.findall(rf"^ +{k} +0 +\S+ MB +(\S+) MB +(\S+)%", told, flags=re.MULTILINE)
         assert (memory, share) == (f"{found[0]} MB", f"{found[1]} %"), told
     assert [row[0] for row in rows] == ["0", "1", "2", "4", "8"]
+
+
+def test_what_a_learned_inverter_reads_is_what_was_measured() -> None:
+    (seed,) = read(ROOT / "results" / "privacy" / "causal-lm-inverter.json")["seeds"]
+    (row,) = (cells for cells in rows_after("Beside published figures") if cells[0] == "learned inverter")
+    expected = [
+        (short(own["audits"][0]["rouge_l"]["mean"], 3), str(own["cut"]["input_layers"])) for own in seed["settings"]
+    ]
+    assert re.findall(r"(\.\d{3}) behind (\d+)", row[2]) == expected

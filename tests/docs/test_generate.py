@@ -111,6 +111,7 @@ def test_every_command_and_every_layer_has_a_page() -> None:
 def test_leakage_is_that_of_the_strongest_attack() -> None:
     rows = leakage_table(ROOT / "results" / "privacy").splitlines()
     assert "| `item_vectors` | 8 | 1 | 11 | 1.00 | 1.00 | 0.15 | 8 | 3 |" in rows
+    assert not [row for row in rows if "| 28 | 1 | 30 |" in row]  # no attacker there has the adapter
 
 
 def test_pages_are_written_once_and_removed_with_what_they_were_made_from(tmp_path: Path) -> None:
