@@ -14,7 +14,7 @@ _HEAD = ("backbone", "k", "m", "blocks", "history (F1)", "target", "history, by 
 
 
 def leakage_table(results: Path) -> str:
-    """Write a row for each cut without noise: what the strongest attack with the client's adapter reads, where one ran."""
+    """Write a row for each cut at which an attacker had the client's adapter, without noise: the most that was read."""
     rows = [
         row for path in sorted(results.glob("*.json")) for row in _rows(json.loads(path.read_text(encoding="utf-8")))
     ]
