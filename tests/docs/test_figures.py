@@ -166,3 +166,14 @@ def test_what_a_learned_inverter_reads_is_what_was_measured() -> None:
         (short(own["audits"][0]["rouge_l"]["mean"], 3), str(own["cut"]["input_layers"])) for own in seed["settings"]
     ]
     assert re.findall(r"(\.\d{3}) behind (\d+)", row[2]) == expected
+
+
+def test_what_chance_does_to_a_run_is_what_was_measured() -> None:
+    text = (DOCS / "results_text" / "claim-cpu.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[0:1] == "|"]
+    assert len(rows) == 2 + 6
+    for by, seed, *values in rows[2:]:
+        name = f"leave_one_out-{by.lower()}-{seed}-pplr.json"
+        records = [read(ROOT / "results" / folder / name) for folder in ("claim-movielens", "claim-cpu")]
+        assert values == [short(own["overall"]["ndcg@10"], 4) for own in records]
+        assert len({own["partition_sha256"] for own in records}) == 1
