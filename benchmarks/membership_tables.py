@@ -34,8 +34,8 @@ def membership_section(name: str, told: dict[str, Any]) -> Section:
         f"`{told['command']}`; {where(told['machine'])}. {first['trainings']} trainings of {first['rounds']} rounds"
         f"{times}, each attacked in turn with {first['shadows']} others as shadows: {first['members']} times "
         f"{_A[first['unit']]} that was in, {first['non_members']} times one that was left out, of {first['users']} "
-        "users. In parentheses 95 % intervals (users resampled; of several seeds the widest). Empty where there are too "
-        f"few that were left out. Loss under the adapter that the server has: {losses['members']:.3f} where the "
+        "users. In parentheses 95 % intervals (users resampled; of several seeds the widest). Empty where there are "
+        f"too few that were left out. Loss under the adapter that the server has: {losses['members']:.3f} where the "
         f"{first['unit']} was in, {losses['non_members']:.3f} where it was left out, {losses['base']:.3f} before "
         "training."
     )
