@@ -46,7 +46,7 @@ def read_grid(path: Path, common: Sequence[str] = ()) -> list[Trial]:
     """Read the trials of a grid.
 
     Raises:
-        ConfigError: The file is not such a grid.
+        ConfigError: The file is not such a grid, or a setting is the seed.
     """
     cure = "Write a list of settings below each trial's name."
     try:
@@ -57,6 +57,8 @@ def read_grid(path: Path, common: Sequence[str] = ()) -> list[Trial]:
         isinstance(own, list) and all(isinstance(setting, str) for setting in own) for own in told.values()
     ):
         raise ConfigError(f"{path} is no grid of trials", cure=cure)
+    if any(setting.startswith("run.seed=") for own in [common, *told.values()] for setting in own):
+        raise ConfigError(f"a trial of {path}, or --set, sets run.seed", cure="Name the seeds with --seeds.")
     return [Trial(str(name), [*common, *own]) for name, own in told.items()]
 
 
@@ -78,8 +80,7 @@ def carry_out(config: Path, trial: Trial, seed: int, folder: Path, metric: str) 
     """Train a trial with a seed, unless that is done already; tell its best round by validation.
 
     Returns:
-        ``machine``, and what ``seeds`` in the file says of one: ``best_round``, ``rounds``, the metric and
-        ``train_seconds``.
+        What the file says of a seed: ``machine``, ``best_round``, ``rounds``, the metric and ``train_seconds``.
     """
     finish(config, [*trial.overrides, f"run.seed={seed}", "evaluation.test_users=1", "evaluation.floors=[]"], folder)
     rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -121,10 +122,8 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.parallel) as pool:
         for (trial, seed), found in zip(jobs, pool.map(run, jobs), strict=True):
             if found is not None:
-                own = told.setdefault(
-                    trial.name, {"set": list(trial.overrides), "machine": found["machine"], "seeds": {}}
-                )
-                own["seeds"][str(seed)] = {key: value for key, value in found.items() if key != "machine"}
+                own = told.setdefault(trial.name, {"set": list(trial.overrides), "seeds": {}})
+                own["seeds"][str(seed)] = found
     path = ROOT / "results" / "tuning" / f"{arguments.name}.json"
     write_json(path, {"machine": machine(), "config": str(arguments.config), "metric": metric, "trials": told})
     print(f"wrote results/tuning/{path.name}")

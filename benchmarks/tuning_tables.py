@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.tables import Section, command, table, where
@@ -22,23 +23,26 @@ def tuning_section(name: str, told: dict[str, Any]) -> Section:
         [
             trial,
             "; ".join(f"`{setting}`" for setting in own["set"] if setting not in shared) or "as configured",
-            f"{_mean(own, metric):.4f}",
-            ", ".join(f"{seed[metric]:.4f}" for seed in own["seeds"].values()),
+            _worth([seed[metric] for seed in own["seeds"].values()]),
             ", ".join(f"{seed['best_round']} of {seed['rounds']}" for seed in own["seeds"].values()),
             f"{_mean(own, 'train_seconds') / 60:.1f}",
         ]
         for trial, own in order
     ]
-    seeds = sorted({int(seed) for own in told["trials"].values() for seed in own["seeds"]})
-    several = len(seeds) > 1
-    head = ["trial", "settings", f"validation {metric}", "of each seed", "best round", "minutes of training"]
-    rows = rows if several else [[*row[:3], *row[4:]] for row in rows]
-    head = head if several else [*head[:3], *head[4:]]
-    places = sorted({where(told["machine"] | own["machine"]) for own in told["trials"].values()})
+    head = ["trial", "settings", f"validation {metric}", "best round", "minutes of training"]
+    runs = [seed for own in told["trials"].values() for seed in own["seeds"].items()]
+    seeds = sorted({int(seed) for seed, _ in runs})
+    places = sorted({where(told["machine"] | run["machine"]) for _, run in runs})
     called = command({"config": told["config"], "set": sorted(shared)}, "pplr train")
-    drawn = f"seed {seeds[0]}" if not several else f"seeds {', '.join(map(str, seeds))}"
+    drawn = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
     note = f"All: `{called}`, with {drawn}; {'; '.join(places)}."
     return Section(f"tuning-{name}", f"Tuning: {name}", table(head, rows) + "\n\n" + note)
+
+
+def _worth(values: Sequence[float]) -> str:
+    """Write the mean, and where there are several seeds each one's value."""
+    each = f" ({', '.join(f'{value:.4f}' for value in values)})" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{each}"
 
 
 def _mean(trial: dict[str, Any], key: str) -> float:

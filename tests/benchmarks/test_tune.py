@@ -40,6 +40,12 @@ def test_what_is_no_grid_is_refused(tmp_path: Path) -> None:
             read_grid(path)
     with refuses(ConfigError, "cannot read"):
         read_grid(tmp_path / "missing.yaml")
+    path.write_text("a: [run.seed=1]")
+    with refuses(ConfigError, "--seeds"):
+        read_grid(path)
+    path.write_text("a: []")
+    with refuses(ConfigError, "--seeds"):
+        read_grid(path, ["run.seed=1"])
 
 
 def test_common_settings_come_before_a_trials_own(tmp_path: Path) -> None:
@@ -81,9 +87,14 @@ def _told(**values: list[float]) -> dict[str, Any]:
     trials = {
         name: {
             "set": ["x.y=1", *([] if name == "a" else ["training.batch_size=8"])],
-            "machine": {"threads": 1, "device": "GPU"},
             "seeds": {
-                str(seed): {"best_round": 1 + seed, "rounds": 3, "ndcg@10": value, "train_seconds": 60.0 * (1 + seed)}
+                str(seed): {
+                    "machine": {"threads": 1 + seed, "device": "GPU"},
+                    "best_round": 1 + seed,
+                    "rounds": 3,
+                    "ndcg@10": value,
+                    "train_seconds": 60.0 * (1 + seed),
+                }
                 for seed, value in enumerate(own)
             },
         }
@@ -100,6 +111,6 @@ def test_the_best_trial_comes_first() -> None:
 
 def test_several_seeds_are_averaged_and_each_is_told() -> None:
     body = tuning_section("x", _told(a=[0.4, 0.5], b=[0.3, 0.5])).body
-    assert "| a | as configured | 0.4500 | 0.4000, 0.5000 | 1 of 3, 2 of 3 | 1.5 |" in body
+    assert "| a | as configured | 0.4500 (0.4000, 0.5000) | 1 of 3, 2 of 3 | 1.5 |" in body
     assert body.index("| a |") < body.index("| b |")
-    assert "with seeds 0, 1; " in body
+    assert "with seeds 0, 1; GPU beside CPU, 1 threads; GPU beside CPU, 2 threads." in body

@@ -56,7 +56,10 @@ def test_what_noise_hides_is_what_was_measured() -> None:
         assert (one["passes"], twelve["passes"]) == (1, 12)
         worth = one["worth"] if guard else next(own["worth_unguarded"] for own in seed["settings"] if own["guard"])
         read_of = [
-            max(metric(own["audits"], audit, "item_f1") for audit in ("vocabulary_matching", "posterior_matching"))
+            max(
+                (metric(own["audits"], audit, "item_f1") for audit in ("vocabulary_matching", "posterior_matching")),
+                key=float,
+            )
             for own in (one, twelve)
         ]
         expected.append([short(worth["mean"], 4), *read_of, metric(one["audits"], "label_gradients", "target_hit@1")])
@@ -177,3 +180,18 @@ def test_what_chance_does_to_a_run_is_what_was_measured() -> None:
         records = [read(ROOT / "results" / folder / name) for folder in ("claim-movielens", "claim-cpu")]
         assert values == [short(own["overall"]["ndcg@10"], 4) for own in records]
         assert len({own["partition_sha256"] for own in records}) == 1
+
+
+@pytest.mark.parametrize(
+    ("unit", "names"), [("users", ["users-all", "users-600"]), ("interactions", ["interactions-600"])]
+)
+def test_who_was_trained_on_is_what_was_measured(unit: str, names: list[str]) -> None:
+    (row,) = (cells for cells in rows_after("Beside published figures") if cells[0] == f"membership, of {unit}")
+    expected = []
+    for name in names:
+        (seed,) = read(ROOT / "results" / "privacy" / f"membership-{name}.json")["membership"]
+        found = [own for own in seed["attacks"] if own["attacker"] != "outsider" and own["attack"] != "loss_difference"]
+        for metric_name in ("auc", "tpr@0.001"):
+            values = [own[metric_name]["value"] for own in found]
+            expected.append((short(min(values)), short(max(values))))
+    assert re.findall(r"([01]?\.\d\d) to ([01]?\.\d\d)", row[2]) == expected
