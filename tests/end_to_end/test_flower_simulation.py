@@ -54,16 +54,17 @@ def comparable(folder: Path) -> tuple[object, object]:
     return rounds, {key: own for key, own in metrics.items() if key not in ("seconds", "samples_per_second")}
 
 
-def remote_addresses(process: psutil.Process) -> set[str]:
-    """Where a process and all that it started are connected to, or listen for others."""
-    found = set()
+def watched(process: psutil.Process) -> tuple[set[str], set[str]]:
+    """The addresses that a process and all that it started are connected to, and the programs that these run."""
+    addresses, programs = set(), set()
     for own in [process, *process.children(recursive=True)]:
         try:
+            programs |= {Path(word).name for word in own.cmdline()[:4]}
             for connection in own.net_connections(kind="inet"):
-                found |= {address.ip for address in (connection.raddr,) if address}
+                addresses |= {address.ip for address in (connection.raddr,) if address}
         except psutil.Error:
             continue  # it has ended meanwhile
-    return found
+    return addresses, programs
 
 
 def is_loopback(address: str) -> bool:
@@ -78,9 +79,11 @@ def test_a_simulation_gives_the_in_process_run_tells_its_trackers_and_reaches_no
     tracked = command(folder, (*SETTINGS, "run.trackers=[tensorboard, mlflow]"))
     process = subprocess.Popen(tracked, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     seen: set[str] = set()
+    ran: set[str] = set()
     until = time.monotonic() + LIMIT_S
     while process.poll() is None and time.monotonic() < until:
-        seen |= remote_addresses(psutil.Process(process.pid))
+        addresses, programs = watched(psutil.Process(process.pid))
+        seen, ran = seen | addresses, ran | programs
         time.sleep(0.2)
     output = process.communicate(timeout=10)[0]
     assert process.returncode == 0, output
@@ -89,6 +92,8 @@ def test_a_simulation_gives_the_in_process_run_tells_its_trackers_and_reaches_no
     check_trackers(open_run(folder))
     assert seen, "no connection was seen, so nothing was watched"
     assert all(is_loopback(address) for address in seen), seen
+    assert "raylet" in ran, "the engine's processes were not seen"
+    assert "dashboard.py" not in ran  # it asks a cloud's metadata service too quickly to be seen each time
 
 
 def wait_for(process: subprocess.Popen[bytes], condition: Callable[[], bool], log: Path) -> None:

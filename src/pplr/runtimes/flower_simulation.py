@@ -116,7 +116,7 @@ def _carry_out(config: Config, folder: Path, desk: OrderDesk, progress: Progress
     here: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
     if "RAY_ADDRESS" not in os.environ:  # it names a cluster to join
         here |= {"num_cpus": os.cpu_count()}
-    with _own_log(folder / "flower.log"):
+    with _own_log(folder / "flower.log"), _asking_nobody():
         try:
             run_simulation(
                 server_app,
@@ -132,6 +132,24 @@ def _carry_out(config: Config, folder: Path, desk: OrderDesk, progress: Progress
             gone.set()
     if failed:
         raise failed[0]
+
+
+@contextlib.contextmanager
+def _asking_nobody() -> Iterator[None]:
+    """Start Ray without its API server, which serves nothing here.
+
+    With its dashboard and its usage reports off, that process still asks the metadata service of three clouds, by the
+    link-local address 169.254.169.254, where it runs. No setting of Ray's keeps it from being started, so this answers
+    in its place as Ray itself does where it failed to start.
+    """
+    from ray._private import services
+
+    start = services.start_api_server
+    services.start_api_server = lambda *_, **__: (None, None)
+    try:
+        yield
+    finally:
+        services.start_api_server = start
 
 
 @contextlib.contextmanager
