@@ -176,3 +176,14 @@ def test_shared_heads_are_read_where_they_are(
     assert len(calls) == (heads > shared)
     attention._alone(module, query.requires_grad_(True), key, value, mask, scaling=0.3)
     assert len(calls) == (heads > shared)
+
+
+@pytest.mark.parametrize(("device", "with_plans"), [("cuda", False), ("cpu", True)])
+def test_on_a_gpu_no_kernel_is_taken_that_plans_for_each_shape(device: str, with_plans: bool) -> None:
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    with attention._without_plans(torch.device(device)):
+        assert torch.backends.cuda.cudnn_sdp_enabled() == with_plans
+        assert torch.backends.cuda.flash_sdp_enabled()
+        assert torch.backends.cuda.mem_efficient_sdp_enabled()
+        assert torch.backends.cuda.math_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled()

@@ -7,12 +7,15 @@ is causal and the sequence short, and in float32 elsewhere. Everything else is t
 Batches of different shapes can stand one after another in one row of tokens, so that the linear layers see them as one
 matrix. Within :func:`batches` attention keeps them apart: each attends to itself alone, as it would by itself. So do
 the sequences of a :class:`~pplr.backbones.shared_row.SharedRow`.
+
+On a GPU, cuDNN's kernel is left out: PyTorch tries it first on recent ones, and it prepares a plan for every shape that
+it has not met, which takes many times as long as attending, and the lengths of batches here are ever new ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -144,8 +148,16 @@ def _alone(
             attention_mask = attention_mask.float()
     if _reads_shared_heads(query, key, attention_mask, options):
         return _grouped(query, key, value, attention_mask, options.get("scaling")).to(dtype)
-    states, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    with _without_plans(query.device):
+        states, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     return states.to(dtype)
+
+
+def _without_plans(device: torch.device) -> AbstractContextManager[None]:
+    """Leave out the kernel that prepares a plan for each shape; the backward pass takes the kernel of the forward."""
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def _reads_shared_heads(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
