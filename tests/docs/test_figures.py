@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +196,31 @@ def test_who_was_trained_on_is_what_was_measured(unit: str, names: list[str]) ->
             values = [own[metric_name]["value"] for own in found]
             expected.append((short(min(values)), short(max(values))))
     assert re.findall(r"([01]?\.\d\d) to ([01]?\.\d\d)", row[2]) == expected
+
+
+def test_what_recformer_is_worth_is_what_was_measured() -> None:
+    page = ROOT / "docs" / "results_text" / "recommendations-movielens-100k-leave_one_out.md"
+    text = " ".join(page.read_text(encoding="utf-8").split())
+    names = ("recformer-frozen-centralized", "recformer-frozen-pplr", "recformer-short-slow-centralized")
+    pooled, federated, slow = (read(ROOT / "results" / f"{name}.json")["runs"] for name in names)
+    metrics = ("recall@10", "ndcg@10")
+
+    def mean(runs: list[dict[str, Any]], of: str) -> float:
+        return statistics.mean(own["overall"][of] for own in runs)
+
+    below = [
+        round(100 * (1 - mean(own, of) / own[0]["floors"]["popularity"][of]))
+        for own in (pooled, federated)
+        for of in metrics
+    ]
+    found = re.search(r"it is (\d+) % below .*?and (\d+) % in .*?by `pplr` (\d+) % and (\d+) %", text)
+    assert found is not None
+    assert [int(value) for value in found.groups()] == below
+    beside = [round(100 * (mean(federated, of) / mean(pooled, of) - 1)) for of in metrics]
+    assert f"by `pplr` {-beside[0]} % below pooled in Recall@10, {beside[1]} % above in NDCG@10" in text
+    worst = [statistics.mean(own["spread"]["ndcg@10"]["worst"] for own in runs) for runs in (pooled, federated)]
+    assert worst[0] < worst[1]
+    rounds = slow[0]["validation"]["clients"]["pooled"]
+    told = re.search(r"rose to (\S+) in the fourth, fell to (\S+) in the twelfth, and rose to (\S+) in", text)
+    assert told is not None
+    assert list(told.groups()) == [short(rounds[place], 4) for place in (3, 11, 12)]
