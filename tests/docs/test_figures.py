@@ -220,7 +220,8 @@ def test_what_recformer_is_worth_is_what_was_measured() -> None:
     assert f"by `pplr` {-beside[0]} % below pooled in Recall@10, {beside[1]} % above in NDCG@10" in text
     worst = [statistics.mean(own["spread"]["ndcg@10"]["worst"] for own in runs) for runs in (pooled, federated)]
     assert worst[0] < worst[1]
-    rounds = slow[0]["validation"]["clients"]["pooled"]
-    told = re.search(r"rose to (\S+) in the fourth, fell to (\S+) in the twelfth, and rose to (\S+) in", text)
+    rounds, fewer = (own[0]["validation"]["clients"]["pooled"] for own in (slow, pooled))
+    told = re.search(r"rose to (\S+) in the fourth round, fell to (\S+) in the twelfth, and rose to (\S+) in", text)
     assert told is not None
     assert list(told.groups()) == [short(rounds[place], 4) for place in (3, 11, 12)]
+    assert f"At best it was {short(max(rounds), 4)}; with four and twelve, {short(max(fewer), 4)}." in text

@@ -9,13 +9,13 @@ matrix. Within :func:`batches` attention keeps them apart: each attends to itsel
 the sequences of a :class:`~pplr.backbones.shared_row.SharedRow`.
 
 On a GPU, cuDNN's kernel is left out: PyTorch tries it first on recent ones, and it prepares a plan for every shape that
-it has not met, which takes many times as long as attending, and the lengths of batches here are ever new ones.
+it has not met, while the lengths of batches here are ever new ones. Other kernels are allowed or not as they were.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -153,11 +152,18 @@ def _alone(
     return states.to(dtype)
 
 
-def _without_plans(device: torch.device) -> AbstractContextManager[None]:
+@contextmanager
+def _without_plans(device: torch.device) -> Iterator[None]:
     """Leave out the kernel that prepares a plan for each shape; the backward pass takes the kernel of the forward."""
     if device.type != "cuda":
-        return nullcontext()
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+        yield
+        return
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def _reads_shared_heads(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
